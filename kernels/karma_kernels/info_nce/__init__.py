@@ -1,0 +1,137 @@
+"""InfoNCE, the softmax cross-entropy over a batch of keys: checks and choice of the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import info_nce_rows
+
+__all__ = ["info_nce"]
+
+AVAILABLE = ("auto", "reference")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale: float | Tensor = 20.0,
+             query_ids: Tensor | None = None, key_ids: Tensor | None = None, log_q: Tensor | None = None,
+             symmetric: bool = False, reduction: str = "mean", normalize: bool = False, backend: str = "auto",
+             workspace_bytes: int = 64 << 20) -> Tensor:
+    r"""InfoNCE of every query against every key.
+
+    .. math:: \ell_i = -\log \frac{\exp(z_{i,y_i})}{\sum_{j \notin M_i} \exp(z_{ij})}, \qquad
+              z_{ij} = s \, q_i \cdot k_j - \log Q_j
+
+    Source: van den Oord et al. 2018 (https://arxiv.org/abs/1807.03748); the logQ correction is that of Yi et al. 2019
+    (https://doi.org/10.1145/3298689.3346996).
+
+    Args:
+        query: (B, D) float64, float32, float16 or bfloat16. B = 0 gives 0 and zero gradients.
+        key: (N, D), same dtype and device. Keys that are nobody's positive are negatives for every row.
+        labels: (B,) integers, row of ``key`` that is the positive. Default: ``arange(B)``.
+        scale: s, a number or a tensor with one element, which gets its gradient.
+        query_ids: (B,) integers, the id of each row's positive. Default: ``key_ids[labels]``.
+        key_ids: (N,) integers. Key j is dropped from row i (the set M) if ``key_ids[j] == query_ids[i]`` and it is not
+            the positive itself: another copy of the item asked for is no negative.
+        log_q: (N,) floating, log of the probability with which the key got into the batch.
+        symmetric: the mean of this loss and of the one that looks for query i among all queries from its positive:
+            the softmax of column ``labels[i]`` over the queries, without query k != i where
+            ``query_ids[k] == key_ids[labels[i]]``. ``log_q`` is not used in that direction. Labels must be distinct.
+        reduction: "mean", "sum" or "none" ((B,) losses).
+        normalize: L2-normalise query and key first. A zero row stays zero and gets a zero gradient.
+        backend: "auto" or "reference", which holds the (B, N) scores in memory and is the definition.
+        workspace_bytes: upper limit for temporary memory of implementations that work in pieces; "reference" does not.
+
+    Returns:
+        float64 for float64 inputs, else float32: half precision is computed in float32, under autocast too. A
+        non-finite input gives a NaN loss and NaN gradients. Same inputs, same bits.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes, devices or options; on a CPU also labels out of range, and
+            repeated ones with ``symmetric``. On other devices these give NaN, so that nothing has to wait for a check.
+
+    Example:
+        >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> info_nce(query, key, scale=5.0)
+        tensor(0.3549)
+        >>> info_nce(query, key, scale=5.0, key_ids=torch.tensor([7, 8, 7]), reduction="none")
+        tensor([0.0067, 0.0134])
+    """
+    check_inputs(query, key, labels, query_ids, key_ids, log_q, symmetric)
+    check_options(query, scale, reduction, backend, workspace_bytes)
+    rows, device = query.shape[0], query.device
+    if labels is None:
+        labels = torch.arange(rows, device=device)
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(float(scale), dtype=torch.float64, device=device)
+    with torch.autocast(device.type, enabled=False):
+        losses = info_nce_rows(query, key, labels.long(), scale.reshape(()), query_ids, key_ids, log_q, symmetric,
+                               normalize)
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / max(rows, 1)
+
+
+def check_inputs(query: Tensor, key: Tensor, labels: Tensor | None = None, query_ids: Tensor | None = None,
+                 key_ids: Tensor | None = None, log_q: Tensor | None = None, symmetric: bool = False) -> None:
+    """Raises what :func:`info_nce` raises for its tensors; values of labels are looked at on a CPU only."""
+    for name, x in (("query", query), ("key", key)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; a tensor is needed")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {x.dtype}; float64, float32, float16 or bfloat16 is needed")
+        if x.ndim != 2:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; two dimensions (rows, width) are needed")
+    if query.dtype != key.dtype:
+        raise TypeError(f"query is {query.dtype} and key is {key.dtype}; cast one of them, both must be the same")
+    if query.device != key.device:
+        raise ValueError(f"query is on {query.device} and key on {key.device}; move one of them")
+    if query.shape[1] != key.shape[1] or query.shape[1] == 0:
+        raise ValueError(f"query has width {query.shape[1]} and key {key.shape[1]}; the same width >= 1 is needed")
+    rows, keys = query.shape[0], key.shape[0]
+    for name, x, size in (("labels", labels, rows), ("query_ids", query_ids, rows), ("key_ids", key_ids, keys),
+                          ("log_q", log_q, keys)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; a tensor is needed")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device} and query on {query.device}; move one of them")
+        if x.shape != (size,):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; ({size},) is needed")
+        allowed, kind = (FLOATS, "a floating") if name == "log_q" else (INTEGERS, "an integer")
+        if x.dtype not in allowed:
+            raise TypeError(f"{name}: got dtype {x.dtype}; {kind} dtype is needed")
+    if query_ids is not None and key_ids is None:
+        raise ValueError("query_ids given without key_ids; give key_ids too, ids are compared with those of the keys")
+    if labels is None:
+        if keys < rows:
+            raise ValueError(f"{rows} queries but {keys} keys; without labels each query needs its own key first")
+    elif rows and keys == 0:
+        raise ValueError(f"{rows} queries but no keys; at least one key is needed")
+    elif rows and labels.device.type == "cpu":
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= keys:
+            raise ValueError(f"labels: got {low} to {high}; with {keys} keys 0 to {keys - 1} is needed")
+        if symmetric and labels.unique().numel() != rows:
+            raise ValueError("labels: a key is the positive of several queries; symmetric=True needs distinct labels, "
+                             "use symmetric=False or keep repeated keys apart")
+
+
+def check_options(query: Tensor, scale: float | Tensor, reduction: str, backend: str, workspace_bytes: int) -> None:
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or scale.dtype not in FLOATS:
+            raise ValueError(f"scale: got shape {tuple(scale.shape)}, dtype {scale.dtype}; one floating element is "
+                             "needed")
+        if scale.device != query.device:
+            raise ValueError(f"scale is on {scale.device} and query on {query.device}; move one of them")
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}; a number or a tensor with one element is needed")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}; mean, sum or none is needed")
+    if backend not in AVAILABLE:
+        raise ValueError(f"backend: got {backend!r}; this version has only 'reference' (and 'auto', which takes it)")
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes: got {workspace_bytes!r}; a positive whole number of bytes is needed")

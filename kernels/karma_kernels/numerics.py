@@ -1,0 +1,29 @@
+"""Small numerics that several operations share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, everything narrower is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dimension; a zero row stays zero and gets a zero gradient.
+
+    Neither very large nor very small rows overflow or vanish on the way. A non-finite row becomes NaN.
+
+    >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e30, 4e30]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000],
+            [0.6000, 0.8000]])
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    zero = largest == 0
+    # the result does not depend on the length of x, so dividing by a constant first changes no gradient
+    x = x / largest.masked_fill(zero, 1)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x / norm.masked_fill(zero, 1)).masked_fill(zero, 0)

@@ -1,0 +1,253 @@
+"""One typed configuration for YAML files, command-line flags and Python.
+
+>>> config = KarmaConfig(embedding_dim=128, positions="last")
+>>> config.decode_weight
+0.1
+>>> KarmaConfig.from_dict({"embeding_dim": 128})
+Traceback (most recent call last):
+    ...
+karma_fast.config.ConfigError: model.embeding_dim: no such setting; did you mean embedding_dim?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or contradicts another one."""
+
+
+def unknown_key(section: str, key: str, known: Iterable[str]) -> ConfigError:
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(known)}"
+    return ConfigError(f"{section}.{key}: no such setting; {hint}")
+
+
+def convert(name: str, value: Any, annotation: Any) -> Any:
+    """Checks ``value`` against a type annotation; text is parsed, so flags and YAML behave alike."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            if type(None) in args:
+                return None
+        rest = [a for a in args if a is not type(None)]
+        for candidate in rest:
+            try:
+                return convert(name, value, candidate)
+            except ConfigError:
+                if candidate is rest[-1]:
+                    raise
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name}: got {value!r}; allowed: {', '.join(map(str, args))}")
+    if origin is list:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}: got {value!r}; a list is needed")
+        return [convert(name, part, args[0]) for part in value]
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return value.lower() in ("true", "yes", "on", "1")
+        raise ConfigError(f"{name}: got {value!r}; true or false is needed")
+    if annotation in (int, float):
+        if isinstance(value, bool):
+            raise ConfigError(f"{name}: got {value!r}; a number is needed")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: got {value!r}; a number is needed") from None
+        if annotation is int and number != int(number):
+            raise ConfigError(f"{name}: got {value!r}; a whole number is needed")
+        # int(str) keeps large whole numbers exact, which a detour over float would not
+        return int(value) if annotation is int and isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() \
+            else annotation(number)
+    if annotation is str:
+        if isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
+            return str(value)
+        raise ConfigError(f"{name}: got {value!r}; text is needed")
+    return value
+
+
+class Section:
+    """Mixed into the dataclasses below: building from a dictionary with checked names and types."""
+
+    section = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        hints = typing.get_type_hints(cls)
+        names = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in names:
+                raise unknown_key(cls.section, key, names)
+        return cls(**{k: convert(f"{cls.section}.{k}", v, hints[k]) for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class KarmaConfig(Section):
+    """The model and its losses; saved with the model.
+
+    Loss: ``act_weight * L_act + decode_weight * (gen_weight * L_gen + rec_weight * L_rec + vis_weight * L_vis)``.
+    A weight of 0 switches a term off, and its cost with it.
+    """
+
+    section = "model"
+
+    backbone: str = "smollm2-135m-instruct"  # a hub id, a local folder, or a name from `karma-fast doctor`
+    quantization: Literal["4bit", "8bit", "none"] = "4bit"
+    tuning: Literal["lora", "full", "frozen"] = "lora"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: str = "all-linear"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+
+    embedding_dim: int = 256  # width of u and e, the vectors that are indexed and served
+    mid_features: int | None = None  # middle width of the soft-prompt projections; None: their input's width
+    num_soft_tokens: int = 4  # K, soft tokens through which L_rec decodes an interest embedding
+    positions: Literal["last", "all"] = "all"
+    max_history: int = 20
+    max_query_tokens: int = 32
+    max_text_tokens: int = 24  # of the target's text in L_gen and L_rec
+    instruction: str = "The user chose, oldest first:"
+    item_instruction: str = ""  # put before an item's text when it is encoded to a vector
+    id_dim: int = 128  # width of the ID vectors made from the training part; 0: none
+
+    act_weight: float = 1.0
+    decode_weight: float = 0.1  # lambda
+    gen_weight: float = 1.0
+    rec_weight: float = 1.0  # alpha
+    vis_weight: float = 1.0  # beta
+    decode_positions: int = 1  # pairs per window that L_rec and L_vis look at with positions="all"
+    decode_share: float = 1.0  # of the windows, those that L_gen, L_rec and L_vis look at; drawn once by seed
+    init_scale: float = 1 / 0.07
+    learnable_scale: bool = True
+    max_scale: float = 100.0
+    log_q: bool = True
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "max_history", "max_text_tokens", "num_soft_tokens", "lora_rank"):
+            require(getattr(self, name) >= 1, f"model.{name}: got {getattr(self, name)}; at least 1 is needed")
+        for name in ("act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight", "id_dim"):
+            require(getattr(self, name) >= 0, f"model.{name}: got {getattr(self, name)}; 0 or more is needed")
+        require(self.act_weight > 0 or (self.decode_weight > 0 and max(self.gen_weight, self.rec_weight,
+                self.vis_weight) > 0), "model: every loss weight is 0; set at least one above 0")
+        require(0 < self.decode_share <= 1, f"model.decode_share: got {self.decode_share}; above 0 and at most 1 is needed")
+        require(self.decode_positions >= 1, f"model.decode_positions: got {self.decode_positions}; at least 1 is needed")
+        require(0 < self.init_scale <= self.max_scale,
+                f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
+        require(not (self.tuning == "full" and self.quantization != "none"),
+                "model.tuning: full tuning needs model.quantization none; 4-bit and 8-bit weights take lora or frozen")
+
+    def weight(self, term: Literal["act", "gen", "rec", "vis"]) -> float:
+        """The factor of a term in the total loss."""
+        own = getattr(self, f"{term}_weight")
+        return own if term == "act" else self.decode_weight * own
+
+
+@dataclass
+class DataConfig(Section):
+    """Where the data lies, what its columns are called, how it is split. None: the column is found by its name."""
+
+    section = "data"
+
+    interactions: str = ""
+    items: str = ""
+    name: str = ""
+    user_column: str | None = None
+    item_column: str | None = None
+    time_column: str | None = None
+    query_column: str | None = None
+    clicked_column: str | None = None
+    item_id_column: str | None = None
+    text_columns: list[str] | None = None
+    image_column: str | None = None
+    id_vector_column: str | None = None
+    split: Literal["leave_one_out", "by_time"] = "leave_one_out"
+    valid_time: float | None = None
+    test_time: float | None = None
+    min_user_events: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.min_user_events >= 1, f"data.min_user_events: got {self.min_user_events}; at least 1 is needed")
+        if self.split == "by_time":
+            require(self.valid_time is not None and self.test_time is not None and self.valid_time < self.test_time,
+                    "data.split: by_time needs data.valid_time and data.test_time, the first below the second")
+
+
+@dataclass
+class RunConfig:
+    """Everything `karma-fast train` needs; ``training`` holds fields of `KarmaTrainingArguments`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: KarmaConfig = field(default_factory=KarmaConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        for key in values:
+            if key not in ("data", "model", "training"):
+                raise unknown_key("config", key, ("data", "model", "training"))
+        for key, part in values.items():
+            if not isinstance(part, dict):
+                raise ConfigError(f"config.{key}: got {part!r}; a section with settings is needed")
+        return cls(data=DataConfig.from_dict(values.get("data", {})), model=KarmaConfig.from_dict(values.get("model", {})),
+                   training=dict(values.get("training", {})))
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: dict[str, str] | None = None) -> RunConfig:
+        """Reads YAML; ``overrides`` are flags such as ``{"learning_rate": "1e-4", "model.positions": "last"}``.
+
+        A flag without a section goes to the one that knows it (data, model, else training).
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            import yaml
+
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+            try:
+                values = yaml.safe_load(text) or {}
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{path}: not valid YAML: {error}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"{path}: needs sections data:, model: and training:, got {type(values).__name__}")
+        values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
+        for flag, value in (overrides or {}).items():
+            section, _, name = flag.rpartition(".")
+            if not section:
+                section = next((s.section for s in (DataConfig, KarmaConfig)
+                                if name in {f.name for f in dataclasses.fields(s)}), "training")
+            part = values.setdefault(section, {})
+            if isinstance(part, dict):
+                part[name] = value
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"data": self.data.to_dict(), "model": self.model.to_dict(), "training": dict(self.training)}

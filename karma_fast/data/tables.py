@@ -1,0 +1,127 @@
+"""Opens a data file as a lazy polars frame: RecBole ``.inter`` and ``.item``, ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``.
+
+``.csv`` has commas and quotes cells with ``"``; ``.tsv``, ``.inter`` and ``.item`` have tabs and no quoting. Text
+files are UTF-8 with one header line; a ``.jsonl`` file has one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from .lines import Lines, find_bad_json, scan_delimited, scan_json
+from .schema import DataError
+
+ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+ROW = "__row"
+
+
+@dataclass
+class Table:
+    """A file before its columns are chosen: a lazy frame with the row number under ``ROW``.
+
+    columns: the names in the file. types: type of each column in a RecBole file, empty for others. lines: for
+    line numbers, None for Parquet. Columns of text files are strings.
+    """
+
+    path: Path
+    frame: pl.LazyFrame
+    columns: list[str]
+    types: dict[str, str] = field(default_factory=dict)
+    lines: Lines | None = None
+
+    def place(self, row: int, column: str | None = None) -> str:
+        """``FILE, line N, column C`` for a row of the frame (``row N``, from 1, in Parquet)."""
+        where = f"row {row + 1}" if self.lines is None else f"line {self.lines.line(row)}"
+        return f"{self.path}, {where}" + (f", column {column}" if column else "")
+
+    def cell(self, row: int, column: str):
+        """The value as it stands in the file, read again; for messages."""
+        found = self.frame.filter(pl.col(ROW) == row).select(column).collect()
+        return found.item() if found.height else None
+
+    def rows_note(self, count: int) -> str:
+        return f" ({count} such rows)" if count > 1 else ""
+
+
+def open_table(path: str | Path, setting: str) -> Table:
+    """Path -> Table; ``setting`` names the setting that holds the path. DataError where the file cannot be used."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give an existing one as {setting}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; give one with a header line and rows as {setting}")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        try:
+            frame = pl.scan_parquet(path, row_index_name=ROW)
+            columns = frame.collect_schema().names()[1:]
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{path}: not a Parquet file ({_first_line(error)}); write it again") from None
+        return Table(path, frame, columns)
+    if suffix in JSON_SUFFIXES:
+        return _open_json(path)
+    if suffix in (".csv", ".tsv", ".inter", ".item"):
+        return _open_delimited(path, "," if suffix == ".csv" else "\t", typed=suffix in (".inter", ".item"))
+    raise DataError(f"{path}: files ending in {suffix or 'no suffix'} are not read; allowed: .csv, .tsv, .jsonl, "
+                    ".parquet, and RecBole's .inter and .item")
+
+
+def _open_delimited(path: Path, separator: str, typed: bool) -> Table:
+    quote = '"' if separator == "," else None
+    try:
+        frame = pl.scan_csv(path, separator=separator, quote_char=quote, infer_schema=False, row_index_name=ROW)
+        heads = frame.collect_schema().names()[1:]
+    except (pl.exceptions.PolarsError, OSError) as error:
+        scan_delimited(path, separator, 1, False)  # names the line if the encoding is wrong
+        raise DataError(f"{path}: cannot be read ({_first_line(error)}); the first line must name the columns") from None
+    doubled = [h.removesuffix("_duplicated_0") for h in heads if h.endswith("_duplicated_0")]
+    if doubled:
+        raise DataError(f"{path}, line 1, column {doubled[0]}: the header names it twice; rename one")
+    if len(heads) == 1 and (other := next((s for s in (";", "\t", "|", ",") if s in heads[0] and s != separator), None)):
+        raise DataError(f"{path}, line 1: the columns seem to be separated by {other!r}, but {path.suffix} files are "
+                        f"read with {separator!r}; save it with that separator, or as .tsv if it has tabs")
+    lines = scan_delimited(path, separator, len(heads), quote is not None)
+    if len(lines.blank):
+        frame = frame.filter(~pl.col(ROW).is_in(pl.Series(lines.blank, dtype=pl.UInt32).implode()))
+    types = {}
+    if typed:
+        for head in heads:
+            name, _, kind = head.partition(":")
+            if kind not in ATOMIC_TYPES:
+                raise DataError(f"{path}, line 1, column {head}: needs a type, as in `user_id:token`; allowed types: "
+                                f"{', '.join(ATOMIC_TYPES)}")
+            types[name] = kind
+        frame = frame.rename({head: head.partition(":")[0] for head in heads})
+    return Table(path, frame, list(types) or heads, types, lines)
+
+
+def _open_json(path: Path) -> Table:
+    lines = scan_json(path)
+    columns: dict[str, None] = {}
+    with open(path, encoding="utf-8-sig") as file:
+        for _, line in zip(range(1000), (line for line in file if line.strip())):
+            try:
+                columns.update(dict.fromkeys(json.loads(line).keys()))
+            except (ValueError, AttributeError):
+                raise find_bad_json(path) from None
+    if not columns:
+        raise DataError(f"{path}: no JSON object in the file; each line must be one")
+    return Table(path, pl.scan_ndjson(path, infer_schema_length=None, row_index_name=ROW), list(columns), {}, lines)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def collect(table: Table, frame: pl.LazyFrame) -> pl.DataFrame:
+    """Runs a lazy frame of the table; parser errors become a DataError, with the line where it can be found."""
+    try:
+        return frame.collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        bad = find_bad_json(table.path) if table.path.suffix.lower() in JSON_SUFFIXES else None
+        raise bad or DataError(f"{table.path}: cannot be read ({_first_line(error)}); write the file again") from None

@@ -1,0 +1,58 @@
+"""Cuts the training part of the sequences into windows, one training example each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from .schema import Sequences, Split
+
+
+def training_windows(sequences: Sequences, split: Split, max_history: int, positions: Literal["last", "all"],
+                     min_history: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, ends), both (W,) int64: window w is the flat events ``starts[w]:ends[w]`` of one user.
+
+    Its last event is the target of its last request, those before are the history. A window never holds an
+    event at or after ``split.train_end`` nor one of another user. Windows come user by user, oldest first.
+
+    positions="last": one window for each training event with at least ``min_history`` earlier events; the
+    history is cut to the last ``max_history``. Work grows with ``max_history`` for every event.
+    positions="all": windows of at most ``max_history + 1`` events in which every event but the first is a
+    target. Neighbours overlap by one event, so each event with a predecessor is a target exactly once. They
+    are laid from the end: the last window is the full one, so recent events have the long histories.
+    Windows with fewer than ``min_history`` events before their last are left out.
+    ValueError for other ``positions``, or unless ``1 <= min_history <= max_history``.
+
+    >>> sequences = Sequences(np.array(["u"], dtype=object), np.array([0, 6]), np.arange(6, dtype=np.int32))
+    >>> split = Split(np.array([5]), np.array([], dtype=np.int64), np.array([5]), "last event")
+    >>> training_windows(sequences, split, 3, "last")
+    (array([0, 0, 0, 1]), array([2, 3, 4, 5]))
+    >>> training_windows(sequences, split, 3, "all")
+    (array([0, 1]), array([2, 5]))
+    """
+    if not 1 <= min_history <= max_history:
+        raise ValueError(f"max_history {max_history}, min_history {min_history}: needs 1 <= min_history <= max_history")
+    if positions not in ("last", "all"):
+        raise ValueError(f"positions: got {positions!r}; allowed: 'last', 'all'")
+    first = np.asarray(sequences.indptr[:-1], dtype=np.int64)
+    last = np.asarray(split.train_end, dtype=np.int64)
+    targets = np.maximum(last - first - 1, 0)  # events with a predecessor
+    if positions == "last":
+        counts = np.maximum(targets - (min_history - 1), 0)
+        user, nth = _repeat(counts)
+        ends = first[user] + min_history + nth + 1
+        return np.maximum(first[user], ends - 1 - max_history), ends
+    counts = -(-targets // max_history)
+    user, nth = _repeat(counts)
+    ends = last[user] - (counts[user] - 1 - nth) * max_history
+    starts = np.maximum(first[user], ends - max_history - 1)
+    keep = ends - starts > min_history
+    return starts[keep], ends[keep]
+
+
+def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """counts (U,) -> for each of the sum(counts) entries: its user and its number within the user, int64."""
+    user = np.repeat(np.arange(len(counts)), counts)
+    offsets = np.cumsum(counts) - counts
+    return user, np.arange(len(user)) - offsets[user]

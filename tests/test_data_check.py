@@ -1,0 +1,81 @@
+"""The report on the data: right counts, and all problems at once."""
+
+import json
+
+import pytest
+
+from karma_fast.config import DataConfig
+from karma_fast.data import check
+
+
+def files(tmp_path, clicks, items=None, **settings):
+    (tmp_path / "clicks.csv").write_text(clicks)
+    if items is not None:
+        (tmp_path / "items.csv").write_text(items)
+        settings["items"] = str(tmp_path / "items.csv")
+    return DataConfig(interactions=str(tmp_path / "clicks.csv"), **settings)
+
+
+CLICKS = ("user,item,ts,clicked\n" "u,a,1,1\nu,a,1,1\nu,b,2,0\nu,c,2,1\nu,d,3,1\nu,b,3,1\n" "v,a,5,1\nw,b,1,0\n")
+ITEMS = "id,title\na,Alpha\nb,Beta\nc,\nd,Delta\ne,Epsilon\n"
+
+
+def test_counts(tmp_path):
+    report = check(files(tmp_path, CLICKS, ITEMS, name="mine"))
+    assert report.ok and report.problems == []
+    expected = {"users": 3, "items": 5, "rows": 8, "clicks": 6, "exposures without click": 2, "users kept": 1,
+                "clicks kept": 4, "duplicate rows": 1, "rows with unknown items": 0, "equal-time neighbours": "33.3%",
+                "longest text (characters)": 7, "items without text": 1, "time span": "1 to 5",
+                "clicks per user": "min 4, 25% 4, median 4, 75% 4, 95% 4, max 4", "training events": 2,
+                "validation targets": 1, "test targets": 1, "items never in training": 3,
+                "test targets never in training": 1}
+    assert {name: report.counts[name] for name in expected} == expected
+    warnings = "\n".join(report.warnings)
+    assert "1 items have no text, 'c' first" in warnings and "seeded shuffle" in warnings and "1 of 1 test" in warnings
+    text = report.to_text()
+    assert text.startswith("Data: mine\n") and text.endswith("This data can be trained on.") and text.isascii()
+    assert json.loads(json.dumps(report.to_dict()))["counts"]["clicks"] == 6
+
+
+def test_all_problems_at_once(tmp_path):
+    clicks = "user,item,ts\nu,a,1\n,a,2\nu,b,x\nu,q,3\nu,z,4\nu,q,5\nu,a,9\nu,a,10\nu,a,11\n"
+    report = check(files(tmp_path, clicks, "id,title\na,\na,B\nb,\n"))
+    assert not report.ok and len(report.problems) == 4
+    text = report.to_text()
+    assert "items.csv, line 3, column id: item 'a' is there already (line 2)" in text
+    assert "clicks.csv, line 3, column user: blank" in text
+    assert "clicks.csv, line 4, column ts: got 'x'" in text
+    assert "clicks.csv, line 5, column item: item 'q' is not in" in text
+    assert "(3 rows name 2 items that are not there, also 'z' (line 6))" in text
+    assert "no item has a text" in text
+    assert text.endswith("cannot be trained on until the problems are solved.")
+    assert report.counts["rows"] == 4 and report.counts["rows with unknown items"] == 3
+
+
+def test_unreadable_item_table_does_not_hide_the_rest(tmp_path):
+    report = check(files(tmp_path, "user,item,ts\nu,a,soon\n", "key,title\na,A\n"))
+    assert ["no item id column" in report.problems[0], "got 'soon'" in report.problems[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("settings", "problem", "warning"), [
+    ({"min_user_events": 9}, "no user has 9 clicks or more; lower data.min_user_events", ""),
+    ({"split": "by_time", "valid_time": 0, "test_time": 3}, "no event lies before 0, .*they span 1 to 3", ""),
+    ({"split": "by_time", "valid_time": 8, "test_time": 9}, "", "no validation target; move data.valid_time"),
+    ({"min_user_events": 1}, "", ""),
+])
+def test_splits_that_do_not_fit(tmp_path, settings, problem, warning):
+    import re
+
+    report = check(files(tmp_path, CLICKS, ITEMS, **settings))
+    assert report.ok == (not problem) and re.search(problem, "\n".join(report.problems))
+    assert warning in "\n".join(report.warnings)
+
+
+def test_without_item_table_the_report_says_what_is_lost(tmp_path):
+    report = check(files(tmp_path, CLICKS))
+    assert report.ok and any("text losses cannot be trained" in note for note in report.notes)
+
+
+def test_no_file_at_all():
+    report = check(DataConfig(name="movies"))
+    assert not report.ok and "no known data set is called 'movies'" in report.problems[0]

@@ -1,0 +1,230 @@
+"""Every format reads the same, and bad data is refused with file, line, column and what to do."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from karma_fast.config import DataConfig
+from karma_fast.data import DataError, load_dataset
+from karma_fast.data import lines as lines_module
+
+ROWS = [("u1", "b", 30), ("u1", "a", 10), ("u1", "c", 20), ("u2", "c", 5), ("u2", "a", 7), ("u2", "b", 6)]
+ITEMS = [("a", "Alpha", "Red"), ("b", "Beta", None), ("c", "Gamma", "Blue sky")]
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def write_rows(folder, suffix):
+    """The rows above in one format: (interactions, items)."""
+    inter, items = folder / f"clicks{suffix}", folder / f"items{suffix}"
+    if suffix == ".parquet":
+        pl.DataFrame(ROWS, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(inter)
+        pl.DataFrame(ITEMS, schema=["item_id", "title", "colour"], orient="row").write_parquet(items)
+    elif suffix == ".jsonl":
+        write(inter, "\n".join(json.dumps(dict(zip(("user", "item", "ts"), row, strict=True))) for row in ROWS))
+        write(items, "\n\n".join(json.dumps(dict(zip(("id", "title", "colour"), row, strict=True))) for row in ITEMS))
+    elif suffix == ".inter":
+        items = folder / "clicks.item"
+        write(inter, "user_id:token\titem_id:token\ttimestamp:float\n" + "".join("\t".join(map(str, r)) + "\n" for r in ROWS))
+        write(items, "item_id:token\ttitle:token_seq\tcolour:token\n"
+              + "".join("\t".join(cell or "" for cell in r) + "\n" for r in ITEMS))
+    else:
+        sep = "," if suffix == ".csv" else "\t"
+        write(inter, "User-ID,iid,time\r\n".replace(",", sep) + "".join(sep.join(map(str, r)) + "\r\n" for r in ROWS))
+        write(items, "item,title,colour\n".replace(",", sep) + "".join(sep.join(c or "" for c in r) + "\n" for r in ITEMS))
+    return str(inter), str(items)
+
+
+@pytest.mark.parametrize("suffix", [".inter", ".csv", ".tsv", ".jsonl", ".parquet"])
+def test_formats_read_the_same(tmp_path, suffix):
+    interactions, items = write_rows(tmp_path, suffix)
+    data = load_dataset(DataConfig(interactions=interactions, items=items, name="x"))
+    assert data.name == "x"
+    assert list(data.items.ids) == ["a", "b", "c"]
+    assert data.items.texts == ["Alpha | Red", "Beta", "Gamma | Blue sky"]
+    assert data.items.titles == ["Alpha", "Beta", "Gamma"]
+    assert list(data.sequences.user_ids) == ["u1", "u2"]
+    assert data.sequences.items.dtype == np.int32
+    assert data.sequences.items.tolist() == [0, 2, 1, 2, 1, 0]
+    assert data.sequences.times.tolist() == [10, 20, 30, 5, 6, 7]
+    assert data.split.test.tolist() == [2, 5]
+
+
+BAD = [
+    ("a.csv", "user,item,time\nu,a,1\n,b,2\n", "a.csv, line 3, column user: blank"),
+    ("a.csv", "user,item,time\nu,a,1\nu, ,2\n", "a.csv, line 3, column item: blank"),
+    ("a.csv", "user,item,time\nu,a,1\nu,b,soon\nu,c,later\n", "a.csv, line 3, column time: got 'soon'.*2 such rows"),
+    ("a.csv", "user,item,time\nu,a,1.5\nu,b,inf\n", "a.csv, line 3, column time: got 'inf', a finite number"),
+    ("a.csv", "user,item,time\nu,a,1.5\nu,b,\n", "a.csv, line 3, column time: blank"),
+    ("a.csv", "user,item,time,click\nu,a,1,1\nu,b,2,maybe\n", "line 3, column click: got 'maybe', 0, 1, true or false"),
+    ("a.csv", "user,item,time\nu,a,1\nu,b\n", "a.csv, line 3: 2 cells, the header has 3"),
+    ("a.csv", "user,item,time\nu,a,1\n\nu,b,2,9\n", "a.csv, line 4: 4 cells, the header has 3"),
+    ("a.csv", 'user,item,time\nu,"a\nb",1\nu,b\n', "a.csv, line 4: 2 cells, the header has 3"),
+    ("a.csv", 'user,item,time\nu,"a\nb",1\nu,b,x\n', "a.csv, line 4, column time: got 'x'"),
+    ("a.csv", 'user,item,time\nu,"a,1\nu,b,x\n', "a.csv, line 2: .*close the quotes"),
+    ("a.csv", "user,item,time\nu,a,1\nu,\n,1\n", "a.csv, line 3: 2 cells"),
+    ("a.csv", b"user,item,time\nu,a,1\nu,caf\xe9,2\n", "a.csv, line 3: the byte 0xe9 is not UTF-8; save"),
+    ("a.csv", b"us\xe9r,item,time\nu,a,1\n", "a.csv, line 1: the byte 0xe9 is not UTF-8"),
+    ("a.csv", "", "a.csv: the file is empty"),
+    ("a.csv", "user,item,time\n", "a.csv: no rows below the header"),
+    ("a.csv", "user,thing,time\nu,a,1\n", r"a.csv: no item column \(found: user, thing, time\); set data.item_column"),
+    ("a.csv", "user,uid,item,time\nu,u,a,1\n", "columns user and uid could both be the user column; set data.user_column"),
+    ("a.csv", "user;item;time\nu;a;1\n", "line 1: the columns seem to be separated by ';'"),
+    ("a.csv", "user,item,item,time\nu,a,b,1\n", "line 1, column item: the header names it twice"),
+    ("a.tsv", "user\titem\ttime\nu\ta\t1\nu\ta\n", "a.tsv, line 3: 2 cells"),
+    ("a.inter", "user_id\titem_id:token\nu\ta\n", "line 1, column user_id: needs a type, as in"),
+    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"item":\n', "a.jsonl, line 4: .*each line must be one JSON"),
+    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n[1]\n', "a.jsonl, line 2: list, not an object"),
+    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"ts":3}\n', "a.jsonl, line 4, column item: blank"),
+    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n{"user":1,"item":2,"ts":NaN}\n', "a.jsonl, line 2: NaN is not JSON"),
+    ("a.jsonl", b'{"user":1,"item":2,"ts":3}\n{"user":1,"item":"\xff","ts":4}\n', "a.jsonl, line 2: the byte 0xff"),
+    ("a.parquet", "not parquet", "a.parquet: not a Parquet file"),
+    ("a.xlsx", "x", "a.xlsx: files ending in .xlsx are not read; allowed: .csv"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BAD)
+def test_bad_interactions_are_refused(tmp_path, name, text, message):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=message) as error:
+        load_dataset(DataConfig(interactions=path, min_user_events=1))
+    assert str(error.value).startswith(path)
+    assert "; " in str(error.value)  # what to do
+
+
+BAD_ITEMS = [
+    ("id,title\na,A\nb,B\na,C\n", {}, r"items.csv, line 4, column id: item 'a' is there already \(line 2\)"),
+    ("id,title\na,A\n,B\nb,\n", {}, "items.csv, line 3, column id: blank"),
+    ("id,title\na,A\n", {}, r"clicks.csv, line 3, column item: item 'b' is not in .*items.csv; add it there"),
+    ("key,title\na,A\nb,B\n", {}, r"no item id column \(found: key, title\); set data.item_id_column"),
+    ("id,title\na,A\nb,B\n", {"text_columns": ["name"]}, "no column 'name'.*set data.text_columns"),
+    ("id,title\na,A\nb,B\n", {"image_column": "picture"}, "no column 'picture'.*set data.image_column"),
+    ("id,title\na,A\nb,B\n", {"image_column": "title"}, "items.csv, column title: holds String, not vectors"),
+    ("id,title\na,A\nb,B\n", {"image_column": "none.npy"}, "none.npy: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("text", "settings", "message"), BAD_ITEMS)
+def test_bad_items_are_refused(tmp_path, text, settings, message):
+    clicks = write(tmp_path / "clicks.csv", "user,item,time\nu,a,1\nu,b,2\n")
+    items = write(tmp_path / "items.csv", text)
+    with pytest.raises(DataError, match=message):
+        load_dataset(DataConfig(interactions=clicks, items=items, min_user_events=1, **settings))
+
+
+def load_vectors(tmp_path, vectors, **settings):
+    clicks = write(tmp_path / "clicks.csv", "user,item,time\nu,a,1\nu,b,2\n")
+    rows = [{"id": name, "title": name, "vec": vector} for name, vector in zip("abc", vectors, strict=True)]
+    items = write(tmp_path / "items.jsonl", "\n".join(json.dumps(row) for row in rows))
+    settings = settings or {"image_column": "vec"}
+    return load_dataset(DataConfig(interactions=clicks, items=items, min_user_events=1, **settings)).items
+
+
+def test_vectors_from_a_column(tmp_path):
+    items = load_vectors(tmp_path, [[1, 2.5], None, [3, 4]])
+    assert items.image_vectors.dtype == np.float32
+    np.testing.assert_array_equal(items.image_vectors, [[1, 2.5], [np.nan, np.nan], [3, 4]])
+    assert items.texts == ["a", "b", "c"]
+
+
+def test_vectors_from_a_float_seq_column(tmp_path):
+    clicks = write(tmp_path / "c.inter", "user_id:token\titem_id:token\nu\ta\nu\tb\nu\ta\n")
+    items = write(tmp_path / "c.item", "item_id:token\tv:float_seq\na\t1 2\nb\t\n")
+    data = load_dataset(DataConfig(interactions=clicks, items=items, id_vector_column="v"))
+    np.testing.assert_array_equal(data.items.id_vectors, [[1, 2], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize(("vectors", "message"), [
+    ([[1, 2], [1, 2, 3], None], "items.jsonl, line 2, column vec: 3 numbers, the vectors before have 2"),
+    ([[1, 2], [1, None], None], "items.jsonl, line 2, column vec: the vector holds a value that is not finite"),
+    ([[1, 2], [1, 1e99], None], "items.jsonl, line 2, column vec: the vector holds a value that is not finite"),
+    ([None, None, None], "column vec: holds Null, not vectors"),
+    ([None, None, []], "column vec: no item has a vector; unset data.image_column"),
+])
+def test_bad_vectors_are_refused(tmp_path, vectors, message):
+    with pytest.raises(DataError, match=message):
+        load_vectors(tmp_path, vectors)
+
+
+def test_vectors_from_a_numpy_file(tmp_path):
+    np.save(tmp_path / "v.npy", np.array([[1, 2], [np.nan, np.nan], [3, 4]]))
+    items = load_vectors(tmp_path, [None] * 3, id_vector_column="v.npy")  # beside the item file
+    np.testing.assert_array_equal(items.id_vectors, [[1, 2], [np.nan, np.nan], [3, 4]])
+    np.save(tmp_path / "v.npy", np.full((3, 2), np.nan))
+    with pytest.raises(DataError, match="no item has a vector; unset data.id_vector_column"):
+        load_vectors(tmp_path, [None] * 3, id_vector_column=str(tmp_path / "v.npy"))
+    np.save(tmp_path / "v.npy", np.ones((2, 2)))
+    with pytest.raises(DataError, match=r"shape \(2, 2\) of float64; numbers of shape \(3, width\) are needed"):
+        load_vectors(tmp_path, [None] * 3, id_vector_column=str(tmp_path / "v.npy"))
+
+
+def test_title_comes_first_and_numbers_are_no_text(tmp_path):
+    clicks = write(tmp_path / "clicks.csv", "user,item\nu,1\nu,2\nu,1\n")
+    items = write(tmp_path / "items.csv", 'item,brand,price,Name\n1,"Acme,  Inc",9.99,"Big ""A"""\n2,,3,1984\n')
+    config = DataConfig(interactions=clicks, items=items)
+    assert load_dataset(config).items.texts == ['Big "A" | Acme, Inc', "1984"]
+    config.text_columns = ["price", "brand"]
+    assert load_dataset(config).items.texts == ["9.99 | Acme, Inc", "3"]
+
+
+def test_queries_clicks_and_labels(tmp_path):
+    path = write(tmp_path / "a.csv", "user,item,ts,query,clicked\nu,a,1,red  shoe,1\nu,b,2,,1\nu,c,3,red shoe,False\n"
+                                     "u,a,4,hat,true\nu,c,5,,0\n")
+    data = load_dataset(DataConfig(interactions=path))
+    sequences = data.sequences
+    assert [sequences.query_texts[q] if q >= 0 else None for q in sequences.queries] == ["red shoe", None, "hat"]
+    assert sequences.negatives.tolist() == [2]
+    assert sequences.negatives_indptr.tolist() == [0, 0, 0, 1]
+    assert any("1 rows shown but not clicked have no later click" in note for note in data.notes)
+    path = write(tmp_path / "b.csv", "user,item,ts,label\nu,a,1,5\nu,b,2,3\nu,c,3,1\n")
+    data = load_dataset(DataConfig(interactions=path))
+    assert len(data.sequences.items) == 3 and any("column label" in note for note in data.notes)
+    with pytest.raises(DataError, match="line 2, column label: got '5'"):
+        load_dataset(DataConfig(interactions=path, clicked_column="label"))
+
+
+def test_without_times_the_order_of_the_file_counts(tmp_path):
+    path = write(tmp_path / "a.csv", "user,item\nu,z\nu,a\nu,m\nu,a\n")
+    data = load_dataset(DataConfig(interactions=path))
+    assert data.items.ids[data.sequences.items].tolist() == ["z", "a", "m", "a"]
+    assert data.sequences.times is None
+    assert any("order of the rows" in note for note in data.notes)
+
+
+def test_ids_are_text_whatever_their_type(tmp_path):
+    clicks = tmp_path / "c.parquet"
+    pl.DataFrame({"user_id": [1.0, 1.0, 1.0], "item_id": [7, 8, 7], "timestamp": [1.5, 2.5, 3.5]}).write_parquet(clicks)
+    items = write(tmp_path / "i.csv", "item_id,title\n7,A\n8,B\n")
+    data = load_dataset(DataConfig(interactions=str(clicks), items=items))
+    assert data.sequences.user_ids.tolist() == ["1"] and data.sequences.items.tolist() == [0, 1, 0]
+    assert data.sequences.times.tolist() == [1.5, 2.5, 3.5]
+
+
+def test_large_whole_times_stay_exact(tmp_path):
+    times = [1_600_000_000_123_456_789, 1_600_000_000_123_456_788, 1_600_000_000_123_456_790]
+    path = write(tmp_path / "a.csv", "user,item,ts\n" + "".join(f"u,{k},{t}\n" for k, t in enumerate(times)))
+    assert load_dataset(DataConfig(interactions=path)).sequences.times.tolist() == sorted(times)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_line_numbers_do_not_depend_on_the_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(lines_module, "BLOCK", block)
+    path = write(tmp_path / "a.csv", "user,item,time\n" + "u,a,1\n" * 20 + "\nu,b\n" + "u,c,2\n" * 5)
+    with pytest.raises(DataError, match="line 23: 2 cells"):
+        load_dataset(DataConfig(interactions=path))
+    path = write(tmp_path / "b.jsonl", '\n{"user":1,"item":2,"ts":3}\n\n' * 9 + '{"user":1,"item":2,"ts":"x"}')
+    with pytest.raises(DataError, match="line 28, column ts: got 'x'"):
+        load_dataset(DataConfig(interactions=path))
+
+
+def test_unknown_id_names_near_ones(tmp_path):
+    interactions, items = write_rows(tmp_path, ".csv")
+    catalogue = load_dataset(DataConfig(interactions=interactions, items=items)).items
+    assert catalogue.index(["c", "a"]).tolist() == [2, 0]
+    with pytest.raises(KeyError, match=r"no item has the id 'gamm'; near: c \(Gamma\)"):
+        catalogue.index(["gamm"])

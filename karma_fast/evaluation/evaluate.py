@@ -1,0 +1,48 @@
+"""A model's metrics over the full catalogue, with the protocol they were made under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..data.batches import request
+from ..data.schema import Dataset
+from .csr import seen_before
+from .metrics import ranking_metrics
+from .ranks import target_ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model.karma import KarmaModel
+
+KS = (1, 5, 10, 50, 200)
+
+
+def encode_requests(model: KarmaModel, data: Dataset, positions: np.ndarray, progress: bool = False) -> Tensor:
+    """(T, d_e) float32: interest embeddings of the requests whose targets stand at flat ``positions``."""
+    requests = [request(data.sequences, p, model.config.max_history) for p in positions]
+    return model.encode_users([h for h, _ in requests], [q for _, q in requests], progress=progress)
+
+
+def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: Sequence[int] = KS, *,
+                   mask_seen: bool = True, users: Tensor | None = None, progress: bool = False) -> dict[str, float]:
+    """`ranking_metrics` of the requests whose targets stand at flat ``positions``.
+
+    Args:
+        mask_seen: leave out what the user chose before the target. users: their embeddings, if already made.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    users = encode_requests(model, data, positions, progress) if users is None else users
+    seen = seen_before(data.sequences, positions) if mask_seen else None
+    ranks = target_ranks(users, model.encode_items(), data.sequences.items[positions].astype(np.int64), seen=seen)
+    return ranking_metrics(ranks, ks, num_items=len(data.items))
+
+
+def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True) -> str:
+    """One line to print beside every number."""
+    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
+            f"{'seen items left out' if mask_seen else 'seen items kept'}, ties count half, the model reads the last "
+            f"{max_history} items; {data.split.description}")

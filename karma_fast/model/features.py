@@ -1,0 +1,131 @@
+"""Frozen item features: text vectors from the language model, cached on disk, and their side by side with others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbone import adapters_off, causal_lm
+
+KINDS = ("text", "image", "id")
+
+
+@torch.no_grad()
+def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instruction: str = "", max_tokens: int = 128,
+                 batch_tokens: int = 4096, progress: bool = False) -> np.ndarray:
+    """(N, hidden) float32: mean of the untuned model's last states over a text's tokens; NaN rows for empty texts."""
+    from tqdm.auto import tqdm
+
+    model = causal_lm(backbone)
+    device = model.device
+    head = tokenizer(instruction, add_special_tokens=False)["input_ids"] if instruction else []
+    encoded = tokenizer([t or "-" for t in texts])["input_ids"] if len(texts) else []
+    rows = [(head + ids)[:max_tokens] for ids in encoded]
+    order = sorted((i for i, t in enumerate(texts) if t), key=lambda i: len(rows[i]))
+    out = np.full((len(texts), model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
+    training = backbone.training
+    backbone.eval()
+    bar = tqdm(total=len(order), desc="encoding item texts", unit="item", disable=not progress)
+    start = 0
+    with adapters_off(backbone):
+        while start < len(order):  # sorted by length, so a batch wastes little on padding
+            stop = start + 1
+            while stop < len(order) and (stop - start + 1) * len(rows[order[stop]]) <= batch_tokens:
+                stop += 1
+            batch = order[start:stop]
+            lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
+            width = int(lengths.max())
+            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=device)
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+            column = torch.arange(width, device=device)
+            keep = (column < lengths[:, None]) & (column >= len(head) if width > len(head) else True)
+            mean = (hidden * keep[..., None]).sum(dim=1) / keep.sum(dim=1, keepdim=True)
+            out[batch] = mean.cpu().numpy()
+            bar.update(len(batch))
+            start = stop
+    bar.close()
+    backbone.train(training)
+    return out
+
+
+def cached_text_vectors(texts: Sequence[str], backbone: nn.Module, tokenizer, key: str, cache: Path,
+                        instruction: str = "", progress: bool = True) -> np.ndarray:
+    """`encode_texts`, kept under ``cache`` by model (``key``) and texts."""
+    digest = hashlib.sha256("\x1f".join([key, instruction, *texts]).encode()).hexdigest()[:32]
+    path = cache / "text-vectors" / f"{digest}.npy"
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    vectors = encode_texts(texts, backbone, tokenizer, instruction, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{digest}.part-{os.getpid()}.npy")
+    np.save(part, vectors)
+    part.replace(path)
+    return vectors
+
+
+class ItemFeatures(nn.Module):
+    """z_i: the vectors an item has, side by side, each kind centred and scaled to a mean square norm of 1.
+
+    Args:
+        vectors: for some of "text", "image", "id", an (N, d) float array with NaN rows where an item has none.
+
+    An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) catalogue indices;
+    gives (n, width) float32.
+
+    Example:
+        >>> features = ItemFeatures({"id": np.array([[1.0, 0.0], [0.0, 1.0], [np.nan, np.nan]])})
+        >>> features(torch.tensor([2, 0])).shape, features.width
+        (torch.Size([2, 2]), 2)
+    """
+
+    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.kinds = [k for k in KINDS if k in vectors]
+        if not self.kinds:
+            raise ValueError("items have no features: give texts, image vectors or ID vectors (model.id_dim above 0)")
+        self.widths = {k: vectors[k].shape[1] for k in self.kinds}
+        self.missing = nn.ParameterDict({k: nn.Parameter(torch.zeros(self.widths[k])) for k in self.kinds})
+        for kind in self.kinds:
+            array = np.asarray(vectors[kind], dtype=np.float32)
+            present = ~np.isnan(array).any(axis=1)
+            known = array[present]
+            # ID vectors keep their origin: their inner products are the co-occurrences
+            mean = known.mean(axis=0) if kind != "id" and len(known) else np.zeros(array.shape[1], np.float32)
+            scale = 1 / max(float(np.sqrt(((known - mean) ** 2).sum(axis=1).mean())) if len(known) else 1.0, 1e-6)
+            rows = np.where(present[:, None], (array - mean) * scale, 0)
+            self.register_buffer(kind, torch.from_numpy(rows.astype(np.float32)), persistent=False)
+            self.register_buffer(f"{kind}_present", torch.from_numpy(present), persistent=False)
+            self.register_buffer(f"{kind}_mean", torch.from_numpy(mean.astype(np.float32)), persistent=False)
+            self.register_buffer(f"{kind}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths.values())
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.kinds[0]))
+
+    def block(self, kind: str, items: Tensor) -> Tensor:
+        rows = getattr(self, kind)[items]
+        return torch.where(getattr(self, f"{kind}_present")[items][:, None], rows, self.missing[kind])
+
+    def forward(self, items: Tensor) -> Tensor:
+        return torch.cat([self.block(kind, items) for kind in self.kinds], dim=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `from_tensors` needs to make the same features again, for safetensors."""
+        return {name: buffer.cpu().contiguous() for name, buffer in self.named_buffers()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ItemFeatures:
+        """The inverse of `tensors`; learned missing vectors come with the model's weights."""
+        features = cls({kind: tensors[kind].numpy() for kind in KINDS if kind in tensors})
+        for name, value in tensors.items():
+            setattr(features, name, value)
+        return features

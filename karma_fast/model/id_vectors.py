@@ -1,0 +1,61 @@
+"""ID vectors of items from the training part of the sequences: a spectral embedding of nearby co-occurrence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..data.schema import Sequences, Split
+
+
+def co_occurrence(sequences: Sequences, split: Split, num_items: int, window: int = 20):
+    """Symmetric (N, N) scipy CSR: two items of one user, k <= window events apart, count k ** -0.5.
+
+    Only events before ``split.train_end`` are read, so no validation or test item leaves a trace.
+    """
+    from scipy import sparse
+
+    items = sequences.items.astype(np.int64)
+    end = np.repeat(split.train_end, np.diff(sequences.indptr))  # of each event's user
+    position = np.arange(len(items))
+    total = sparse.csr_matrix((num_items, num_items))
+    for k in range(1, window + 1):
+        left = np.flatnonzero(position + k < end)
+        pairs = (np.full(len(left), k ** -0.5), (items[left], items[left + k]))
+        total = total + sparse.csr_matrix(pairs, shape=(num_items, num_items))
+    return total + total.T
+
+
+def id_vectors(sequences: Sequences, split: Split, num_items: int, dim: int, window: int = 20, seed: int = 0
+               ) -> np.ndarray:
+    """(N, dim) float32 unit rows; NaN rows for items that the training part does not hold.
+
+    The leading eigenvectors of the co-occurrence matrix after both sides are divided by the root of their sums, each
+    scaled by the root of its eigenvalue: the inner product of two rows approximates their normalised co-occurrence.
+
+    Example:
+        >>> sequences = Sequences(np.array(["u", "v"], dtype=object), np.array([0, 3, 6]),
+        ...                       np.array([0, 1, 2, 0, 1, 3], dtype=np.int32))
+        >>> split = Split(np.array([3, 5]), np.array([]), np.array([]), "")
+        >>> id_vectors(sequences, split, 4, 2).shape, np.isnan(id_vectors(sequences, split, 4, 2)).any(axis=1).tolist()
+        ((4, 2), [False, False, False, True])
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import eigsh
+
+    counts = co_occurrence(sequences, split, num_items, window)
+    sums = np.asarray(counts.sum(axis=1)).ravel()
+    present = sums > 0
+    scale = sparse.diags(np.where(present, 1 / np.sqrt(np.where(present, sums, 1)), 0))
+    matrix = scale @ counts @ scale
+    if dim < num_items - 1:
+        start = np.random.default_rng(seed).standard_normal(num_items)  # eigsh draws its own otherwise
+        values, vectors = eigsh(matrix, k=dim, which="LA", v0=start)
+    else:
+        values, vectors = np.linalg.eigh(matrix.toarray())
+        values, vectors = values[-dim:], vectors[:, -dim:]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])
+    rows = vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0))
+    rows = np.pad(rows, ((0, 0), (0, dim - rows.shape[1])))
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.where(present[:, None] & (norms > 0), rows / np.maximum(norms, 1e-12), np.nan)
+    return rows.astype(np.float32)

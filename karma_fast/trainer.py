@@ -1,0 +1,331 @@
+"""KarmaTrainer: transformers' Trainer with the KARMA loss, full-catalogue evaluation and an exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .data.batches import log_sampling_probability
+from .data.schema import Dataset
+from .data.windows import training_windows
+from .evaluation.evaluate import evaluate_model
+from .model.karma import KarmaModel, KarmaOutput
+
+COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
+
+
+@dataclass
+class KarmaTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with defaults for KARMA and a few settings of its own.
+
+    learning_rate is for the language model (adapters), projection_learning_rate for everything else.
+    eval_users: validation users ranked at each evaluation during training, drawn once by seed; 0: all.
+    share_steps: steps between two measurements of each term's share of the language model's gradient, which costs one
+    backward a term; 0: never. The shares at u are cheap and logged with every line.
+    """
+
+    output_dir: str = field(default="runs/karma")
+    learning_rate: float = field(default=3e-4)
+    projection_learning_rate: float = field(default=1e-3)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=10)
+    weight_decay: float = field(default=0.01)
+    per_device_train_batch_size: int = field(default=32)
+    num_train_epochs: float = field(default=1.0)
+    max_grad_norm: float = field(default=1.0)
+    logging_steps: float = field(default=10)
+    eval_strategy: str = field(default="no")
+    save_strategy: str = field(default="steps")
+    save_steps: float = field(default=100)
+    save_total_limit: int | None = field(default=2)
+    metric_for_best_model: str | None = field(default="HR@10")
+    greater_is_better: bool | None = field(default=True)
+    remove_unused_columns: bool = field(default=False)
+    ddp_find_unused_parameters: bool | None = field(default=True)
+    report_to: str | list[str] | None = field(default="none")
+    eval_users: int = field(default=500)
+    share_steps: int = field(default=0)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if (p / COMPLETE).exists()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocations on a GPU, of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def shares(terms: dict[str, Tensor], inputs: list[Tensor]) -> dict[str, float]:
+    """Each weighted term's gradient norm over ``inputs``, divided by the sum of these norms."""
+    norms = {}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            continue
+        grads = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
+        norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
+    total = sum(norms.values())
+    return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
+
+
+class Windows(torch.utils.data.Dataset):
+    """Window number -> (start, end), kept as two arrays however many there are."""
+
+    def __init__(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.starts, self.ends = starts, ends
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, window: int) -> tuple[int, int]:
+        return int(self.starts[window]), int(self.ends[window])
+
+
+class KarmaTrainer(Trainer):
+    """Trains a `KarmaModel` on a dataset's training part.
+
+    Args:
+        model: from `KarmaModel.build`. args: settings. data: from `karma_fast.load_dataset`.
+
+    Writes ``log.jsonl`` (a line each logging step and each evaluation) and checkpoints into ``args.output_dir``.
+    ``train(resume_from_checkpoint=True)`` goes on from the last complete checkpoint as if nothing had happened. Ctrl-C
+    saves one after the current step; a second Ctrl-C stops at once.
+    """
+
+    def __init__(self, model: KarmaModel, args: KarmaTrainingArguments, data: Dataset, callbacks=None) -> None:
+        config = model.config
+        starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
+        if not len(starts):
+            raise ValueError("no user has two events in the training part, so there is nothing to train on")
+        log_q = log_sampling_probability(data.sequences, data.split, len(data.items))
+        super().__init__(model, args, data_collator=model.collator(data.sequences, log_q, seed=args.seed),
+                         train_dataset=Windows(starts, ends), eval_dataset=data.split.valid, callbacks=callbacks)
+        self.data = data
+        valid = data.split.valid
+        if 0 < args.eval_users < len(valid):
+            valid = np.sort(np.random.default_rng(args.seed).choice(valid, args.eval_users, replace=False))
+        self.eval_positions = valid
+        self.interrupted = False
+        self._sums: dict[str, float | Tensor] = defaultdict(float)
+        self._shares: dict[str, float] = {}
+        self._since = time.perf_counter()
+        self.model_accepts_loss_kwargs = False  # our losses are means, so Trainer divides them when it accumulates
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Hooks(self))
+        if not args.disable_tqdm:
+            self.add_callback(_Bar())
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(inputs)
+        self._measure(output, inputs.num_tokens)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _measure(self, output: KarmaOutput, num_tokens: int) -> None:
+        for name, value in output.parts.present().items():
+            self._sums[name] = self._sums[name] + value.detach()
+        self._sums["batches"] += 1
+        self._sums["tokens"] += num_tokens
+        step = self.state.global_step + 1
+        terms = self.model.loss.weighted(output.parts)
+        if step % max(1, self.state.logging_steps) == 0 or step == 1:
+            at_u = {n: t for n, t in terms.items() if n != "gen"}
+            self._shares |= {f"share_u/{n}": s for n, s in shares(at_u, [output.u]).items()}
+        if self.args.share_steps and (step % self.args.share_steps == 0 or step == 1):
+            trained = [p for p in self.model.backbone.parameters() if p.requires_grad]
+            if trained:
+                self._shares |= {f"share_llm/{n}": s for n, s in shares(terms, trained).items()}
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            backbone = {id(p) for p in self.model.backbone.parameters()}
+            groups = defaultdict(list)
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    # scales, gains and learned vectors are not pulled to 0
+                    groups[id(p) in backbone, p.ndim > 1].append(p)
+            rates = {True: self.args.learning_rate, False: self.args.projection_learning_rate}
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("lr", None)
+            self.optimizer = kind([{"params": params, "lr": rates[is_backbone],
+                                    "weight_decay": self.args.weight_decay if decayed else 0.0}
+                                   for (is_backbone, decayed), params in groups.items()],
+                                  lr=self.args.learning_rate, **options)
+        return self.optimizer
+
+    # ---- log and evaluation --------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums["batches"]:
+            batches = self._sums.pop("batches")
+            tokens = self._sums.pop("tokens")
+            parts = {name: float(value) / batches for name, value in self._sums.items()}
+            now = time.perf_counter()
+            logs |= parts | {"scale": float(self.model.loss.contrastive.scale.detach()),
+                             "tokens_per_second": tokens / (now - self._since),
+                             "peak_memory_bytes": peak_memory_bytes(self.model.device)} | self._shares
+            self._since = now
+            self._sums.clear()
+            self._shares = {}
+            for name, value in parts.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"L_{name} is {value} within the last {batches} batches up to step {self.state.global_step}; "
+                        "lower training.learning_rate and training.projection_learning_rate, or look for bad vectors with "
+                        "`karma-fast check-data`")
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """HR, NDCG, MRR over the full catalogue for the validation users; seen items masked."""
+        positions = self.eval_positions if eval_dataset is None else np.asarray(eval_dataset)
+        found = evaluate_model(self.model, self.data, positions)
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
+        self._since = time.perf_counter()  # the time of an evaluation is not the time of training steps
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        self.model.save_weights(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and folder.exists():
+            (folder / COMPLETE).touch()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        missing = [n for n in load_result.missing_keys if n in self.model.trained_names()]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(f"the checkpoint does not fit this model: missing {missing}, unknown "
+                             f"{load_result.unexpected_keys}; resume with the config the run was started with")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = str(found) if found else None
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else 0
+            for stale in folder.glob("checkpoint-*"):
+                if not resume_from_checkpoint or not (stale / COMPLETE).exists():
+                    shutil.rmtree(stale)
+            keep_log(folder / "log.jsonl", step)
+        self._since = time.perf_counter()
+        with self._stop_on_interrupt():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @contextlib.contextmanager
+    def _stop_on_interrupt(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(signum, frame):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def keep_log(path: Path, step: int) -> None:
+    """Cuts a log's lines after ``step``, so that a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            if json.loads(line).get("step", 0) <= step and step > 0:
+                lines.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)
+
+
+class _Hooks(TrainerCallback):
+    """The scale's limit, the JSONL log, and the stop after Ctrl-C."""
+
+    def __init__(self, trainer: KarmaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.model.loss.contrastive.clamp_()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.interrupted:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with open(os.path.join(args.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class _Bar(TrainerCallback):
+    """One line: step, rate, time left, and the last logged loss parts."""
+
+    def __init__(self) -> None:
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                            dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            shown = {k: f"{logs[k]:.3f}" for k in ("loss", "act", "gen", "rec", "vis") if k in logs}
+            shown |= {"tok/s": f"{logs['tokens_per_second']:.0f}", "GB": f"{logs['peak_memory_bytes'] / 1e9:.1f}"}
+            self.bar.set_postfix(shown)
+        elif "eval_HR@10" in logs:
+            self.bar.write(f"step {state.global_step}: validation HR@10 {logs['eval_HR@10']:.4f}, "
+                           f"NDCG@10 {logs['eval_NDCG@10']:.4f}, MRR {logs['eval_MRR']:.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,404 @@
+"""KarmaModel: what each loss reaches, rows apart from their batch, prompts, decoding, saving."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from karma_fast.config import ConfigError, KarmaConfig
+from karma_fast.data import training_windows
+from karma_fast.data.batches import KarmaCollator, Prompts, log_sampling_probability, request
+from karma_fast.data.schema import Items, Sequences, Split
+from karma_fast.losses import text_cross_entropy
+from karma_fast.model.backbone import adapters_off, causal_lm
+from karma_fast.model.id_vectors import id_vectors
+from karma_fast.model.karma import KarmaModel
+
+
+def build(tiny_config, tiny_data, tmp_path, items=None, **changes) -> KarmaModel:
+    config = dataclasses.replace(tiny_config.model, **changes)
+    model = KarmaModel.build(config, items or tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu")
+    wake(model)
+    return model
+
+
+def wake(model: KarmaModel) -> None:
+    """Adapters start at zero, where half of their gradients vanish; move them off it."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+
+
+def batch_of(model: KarmaModel, data, count=4, sequences=None):
+    sequences = sequences or data.sequences
+    starts, ends = training_windows(sequences, data.split, model.config.max_history, model.config.positions)
+    log_q = log_sampling_probability(sequences, data.split, len(data.items))
+    windows = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    return model.collator(sequences, log_q)(windows[:count])
+
+
+def with_images(items: Items) -> Items:
+    vectors = np.random.default_rng(0).standard_normal((len(items), 6)).astype(np.float32)
+    vectors[3] = np.nan
+    return dataclasses.replace(items, image_vectors=vectors)
+
+
+def reached(model: KarmaModel, loss: torch.Tensor) -> dict[str, bool]:
+    """Which groups of parameters a loss has a non-zero gradient for."""
+    model.zero_grad()
+    loss.backward()
+    groups = {"lora": "lora_", "P_in": "history_projection", "W_o": "interest_projection", "W_e": "item_projection",
+              "P_rec": "decode_projection", "g": "image_head", "emb": "emb_token", "scale": "log_scale"}
+    out = {}
+    for group, part in groups.items():
+        grads = [p.grad for n, p in model.named_parameters() if part in n]
+        out[group] = any(g is not None and bool(g.abs().sum() > 0) for g in grads)
+    for name, p in model.backbone.named_parameters():
+        assert "lora_" in name or p.grad is None, f"{name} is frozen but has a gradient"
+    return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_loss_reaches_exactly_its_parameters(tiny_config, tiny_data, tmp_path, checkpointing):
+    model = build(tiny_config, tiny_data, tmp_path, with_images(tiny_data.items), gradient_checkpointing=checkpointing)
+    model.train()
+    output = model(batch_of(model, tiny_data))
+    base = {"lora": True, "P_in": True, "W_o": True, "W_e": False, "P_rec": False, "g": False, "emb": True, "scale": False}
+    expected = {"act": base | {"W_e": True, "scale": True},
+                "gen": base | {"W_o": False},
+                "rec": base | {"P_rec": True},
+                "vis": base | {"g": True}}
+    parts = output.parts.present()
+    assert set(parts) == set(expected)
+    for name in expected:
+        fresh = model(batch_of(model, tiny_data)).parts.present()[name]
+        assert reached(model, fresh) == expected[name], name
+
+
+def plain_rec(model: KarmaModel, u, batch):
+    """L_rec as one would first write it, on a decoder that never had adapters."""
+    decoder = copy.deepcopy(causal_lm(model.backbone))
+    for module in decoder.modules():
+        if hasattr(module, "base_layer"):
+            module.scaling = {k: 0.0 for k in module.scaling}
+    soft = model.decode_projection(u)
+    y = decoder.get_input_embeddings()(batch.text_ids)
+    hidden = decoder.base_model(inputs_embeds=torch.cat([soft.to(y.dtype), y], 1)).last_hidden_state
+    total = 0
+    for row, length in enumerate(batch.text_lengths.tolist()):
+        k = soft.shape[1]
+        logits = decoder.lm_head(hidden[row, k - 1:k - 1 + length]).float()
+        total = total + torch.nn.functional.cross_entropy(logits, batch.text_ids[row, :length])
+    return total / len(batch.text_lengths)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rec_and_all_gradients_equal_the_plain_step(tiny_config, tiny_data, tmp_path, checkpointing, monkeypatch):
+    monkeypatch.setattr("karma_fast.model.karma.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
+    model = build(tiny_config, tiny_data, tmp_path, gradient_checkpointing=checkpointing, decode_weight=1.0)
+    model.train()
+    batch = batch_of(model, tiny_data)
+    output = model(batch)
+    output.loss.backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = build(tiny_config, tiny_data, tmp_path, gradient_checkpointing=False, decode_weight=1.0)
+    plain.train()
+    hidden = plain._states(batch.token_ids, batch.slots, batch.history_items, batch.emb_columns)
+    u = plain.interest(hidden[batch.pair_rows, batch.pair_columns])
+    act = plain.loss.contrastive(u, plain.item_embeddings(batch.keys), None, None, batch.keys, batch.log_q)
+    logits = plain.backbone.get_base_model().lm_head(hidden[batch.gen_rows, batch.gen_columns])
+    gen = text_cross_entropy(logits, batch.gen_labels, batch.gen_rows, 4)
+    rec = plain_rec(plain, u[batch.decode_pairs], batch)
+    torch.testing.assert_close(output.parts.rec, rec, rtol=1e-5, atol=1e-6)
+    (act + gen + rec).backward()
+    theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert set(ours) == set(theirs)
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_weight_zero_switches_a_term_off_and_leaves_its_modules_out(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, decode_weight=0.0)
+    batch = batch_of(model, tiny_data)
+    assert model.decode_projection is None and not len(batch.gen_labels) and not len(batch.text_ids)
+    output = model(batch)
+    assert set(output.parts.present()) == {"act"}
+    torch.testing.assert_close(output.loss, output.parts.act)
+    with pytest.raises(ValueError, match="without L_rec"):
+        model.decode(output.u[:1])
+
+
+def test_total_is_the_weighted_sum(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, act_weight=2.0, decode_weight=0.5, gen_weight=3.0, rec_weight=0.25)
+    output = model(batch_of(model, tiny_data))
+    parts = output.parts
+    torch.testing.assert_close(output.loss, 2 * parts.act + 0.5 * (3 * parts.gen + 0.25 * parts.rec))
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_a_row_does_not_depend_on_its_batch(tiny_config, tiny_data, tmp_path, positions):
+    model = build(tiny_config, tiny_data, tmp_path, positions=positions).eval()
+    batch = batch_of(model, tiny_data, 6)
+    whole = model(batch)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, positions)
+    at = 0
+    texts = []
+    for row in range(6):
+        one = model.collator(tiny_data.sequences)([(int(starts[row]), int(ends[row]))])
+        alone = model(one)
+        torch.testing.assert_close(whole.u[at:at + len(alone.u)], alone.u, rtol=2e-2, atol=2e-2)
+        assert torch.equal(batch.keys[at:at + len(alone.u)], one.keys)
+        at += len(alone.u)
+        texts.append((alone.parts.gen, alone.parts.rec))
+    assert at == len(whole.u)
+    torch.testing.assert_close(whole.parts.gen, torch.stack([g for g, _ in texts]).mean(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(whole.parts.rec, torch.stack([r for _, r in texts]).mean(), rtol=1e-2, atol=1e-2)
+
+
+def test_serving_gives_the_vector_that_training_saw(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, positions="last").eval()
+    batch = batch_of(model, tiny_data, 5)
+    trained = model(batch).u
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, "last")
+    histories = [tiny_data.sequences.items[starts[w]:ends[w] - 1] for w in range(5)]
+    torch.testing.assert_close(model.encode_users(histories), trained.detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_inner_positions_see_no_later_item_and_no_target_text(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path).eval()
+    sequences = copy.deepcopy(tiny_data.sequences)
+    batch = batch_of(model, tiny_data, 1)
+    before = model(batch).u
+    end = int(training_windows(sequences, tiny_data.split, model.config.max_history, "all")[1][0])
+    sequences.items[end - 1] = (sequences.items[end - 1] + 7) % len(tiny_data.items)  # another target
+    after = model(batch_of(model, tiny_data, 1, sequences)).u
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)  # not even the last query sees it
+    sequences.items[end - 2] = (sequences.items[end - 2] + 7) % len(tiny_data.items)  # another last history item
+    changed = model(batch_of(model, tiny_data, 1, sequences)).u
+    torch.testing.assert_close(before[:-1], changed[:-1], rtol=1e-3, atol=1e-3)
+    assert (before[-1] - changed[-1]).abs().max() > 1e-2
+
+
+def test_pairs_read_the_item_before_their_target(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path)
+    batch = batch_of(model, tiny_data, 3)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, "all")
+    at = 0
+    for row in range(3):
+        window = tiny_data.sequences.items[starts[row]:ends[row]]
+        for place, target in enumerate(window[1:]):
+            assert batch.pair_rows[at] == row and batch.keys[at] == target
+            column = batch.pair_columns[at]
+            if place == len(window) - 2:
+                assert column == batch.emb_columns[row]
+            else:
+                assert batch.history_items[batch.slots[row, column]] == window[place]
+            at += 1
+    assert at == len(batch.pair_rows)
+
+
+def test_queries_enter_the_prompt_and_are_refused_at_inner_positions(tiny_config, tiny_data, tmp_path):
+    sequences = dataclasses.replace(tiny_data.sequences, query_texts=["red rocket", "a knife"],
+                                    queries=np.arange(len(tiny_data.sequences.items), dtype=np.int32) % 3 - 1)
+    model = build(tiny_config, tiny_data, tmp_path, positions="last").eval()
+    with pytest.raises(ConfigError, match="positions last"):
+        KarmaCollator(KarmaConfig(positions="all"), model.prompts, sequences, None)
+    batch = batch_of(model, tiny_data, 3, sequences)
+    decoded = [model.tokenizer.decode(row[: int(c)][row[: int(c)] != 0])
+               for row, c in zip(batch.token_ids, batch.emb_columns, strict=True)]
+    ends = training_windows(sequences, tiny_data.split, model.config.max_history, "last")[1]
+    for text, end in zip(decoded, ends, strict=False):
+        query = request(sequences, end - 1, 1)[1]
+        assert query in text and ("searches" in text) == bool(query)
+    history = [tiny_data.sequences.items[:3]] * 2
+    u = model.encode_users(history, ["red rocket", ""])
+    assert (u[0] - u[1]).abs().max() > 1e-3
+
+
+def test_hard_negatives_are_extra_keys_with_their_log_q_and_raise_the_loss(tiny_config, tiny_data, tmp_path):
+    plain = tiny_data.sequences
+    events = len(plain.items)
+    shown = dataclasses.replace(plain, negatives_indptr=np.arange(events + 1, dtype=np.int64) * 2,
+                                negatives=np.random.default_rng(0).integers(0, 40, 2 * events).astype(np.int32))
+    model = build(tiny_config, tiny_data, tmp_path).eval()
+    without, with_them = batch_of(model, tiny_data, 3), batch_of(model, tiny_data, 3, shown)
+    pairs = len(without.keys)
+    assert len(with_them.keys) == 3 * pairs and torch.equal(with_them.keys[:pairs], without.keys)
+    log_q = torch.from_numpy(log_sampling_probability(plain, tiny_data.split, 40))
+    assert torch.equal(with_them.log_q, log_q[with_them.keys])
+    assert model(with_them).parts.act > model(without).parts.act
+    limited = KarmaCollator(model.config, model.prompts, shown, None, max_hard_negatives=1)
+    starts, ends = training_windows(plain, tiny_data.split, model.config.max_history, "all")
+    assert len(limited([(int(starts[0]), int(ends[0]))]).keys) == 2 * (ends[0] - starts[0] - 1)
+
+
+def test_decode_share_and_positions_choose_by_window_alone(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, decode_share=0.4, decode_positions=3)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, "all")
+    windows = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    collate = model.collator(tiny_data.sequences)
+    whole, twice = collate(windows), collate(windows)
+    assert torch.equal(whole.decode_pairs, twice.decode_pairs) and whole.num_texts == 0.4 * len(windows)
+    single = [collate([w]) for w in windows]
+    assert sum(len(b.decode_pairs) for b in single) == len(whole.decode_pairs)
+    chosen = sum(len(b.decode_pairs) > 0 for b in single) / len(windows)
+    assert 0.15 < chosen < 0.65
+    assert max(len(b.decode_pairs) for b in single) == 3
+    for b in single:
+        assert not len(b.decode_pairs) or b.decode_pairs[-1] == len(b.pair_rows) - 1
+
+
+def test_items_without_vectors_share_a_learned_one(tiny_config, tiny_data, tmp_path):
+    items = with_images(tiny_data.items)
+    items = dataclasses.replace(items, texts=["", *items.texts[1:]])
+    model = build(tiny_config, tiny_data, tmp_path, items)
+    assert model.features.kinds == ["text", "image", "id"]
+    z = model.features(torch.tensor([0, 3]))
+    text, image = model.features.widths["text"], model.features.widths["image"]
+    torch.testing.assert_close(z[0, :text], model.features.missing["text"])
+    torch.testing.assert_close(z[1, text:text + image], model.features.missing["image"])
+    z.sum().backward()
+    assert model.features.missing["text"].grad is not None
+
+
+def test_id_vectors_never_see_held_out_events(tiny_data):
+    split, sequences = tiny_data.split, tiny_data.sequences
+    before = id_vectors(sequences, split, 40, 8)
+    changed = copy.deepcopy(sequences)
+    held_out = np.concatenate([split.valid, split.test])
+    changed.items[held_out] = (changed.items[held_out] + 11) % 40
+    np.testing.assert_array_equal(before, id_vectors(changed, split, 40, 8))
+    inside = copy.deepcopy(sequences)
+    inside.items[0] = (inside.items[0] + 11) % 40
+    assert not np.array_equal(before, id_vectors(inside, split, 40, 8))
+
+
+def test_id_vectors_put_companions_together():
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation(5) + 5 * (u % 2) for u in range(40)]
+    sequences = Sequences(np.arange(40).astype(str).astype(object), np.arange(41) * 5,
+                          np.concatenate(rows).astype(np.int32))
+    split = Split(sequences.indptr[1:], np.array([]), np.array([]), "")
+    e = id_vectors(sequences, split, 10, 4)
+    inner = e @ e.T
+    assert inner[:5, :5].min() > 0.5 and np.abs(inner[:5, 5:]).max() < 0.1
+    np.testing.assert_allclose(np.linalg.norm(e, axis=1), 1, rtol=1e-5)
+
+
+def test_starting_point_ranks_by_the_latest_items(tiny_config, tiny_data, tmp_path):
+    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu").eval()
+    e = model.encode_items()
+    torch.testing.assert_close(e.norm(dim=-1), torch.ones(40), rtol=1e-5, atol=1e-5)
+    batch = batch_of(model, tiny_data, 20)
+    inner = batch.pair_columns != batch.emb_columns[batch.pair_rows]
+    u = model(batch).u[inner].detach()
+    read = batch.history_items[batch.slots[batch.pair_rows, batch.pair_columns][inner]]
+    scores = u @ e.T
+    rank = (scores > scores.gather(1, read[:, None])).sum(dim=1).float()
+    assert rank.mean() < 10  # of 40; chance is 20
+
+
+def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, with_images(tiny_data.items)).eval()
+    history = [tiny_data.sequences.items[:4], np.array([], dtype=np.int64)]
+    model.save_pretrained(tmp_path / "model", {"protocol": "how", "rows": {"karma": {"HR@10": 0.5}}, "data": "tiny"})
+    again = KarmaModel.from_pretrained(tmp_path / "model", device="cpu")
+    assert torch.equal(model.encode_items(), again.encode_items())
+    assert torch.equal(model.encode_users(history), again.encode_users(history))
+    assert model.decode(model.encode_users(history)) == again.decode(model.encode_users(history))
+    assert again.items.texts == model.items.texts and list(again.items.ids) == list(model.items.ids)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| karma | 0.5000 |" in card and "how" in card and "data: tiny" in card and "transformers" in card
+    names = {p.name for p in (tmp_path / "model").iterdir()}
+    assert names == {"config.json", "model.safetensors", "items.safetensors", "items.jsonl", "README.md"}
+    from safetensors.torch import load_file
+
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("embed_tokens" in n or "lm_head" in n for n in held)  # the frozen language model is not copied
+
+
+def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
+    with pytest.raises(ConfigError, match="holds no saved KarmaModel"):
+        KarmaModel.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build(tiny_config, tiny_data, tmp_path, backbone=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="lora_targets"):
+        build(tiny_config, tiny_data, tmp_path, lora_targets="no_such_layer")
+
+
+def test_text_vectors_are_cached_by_model_and_text(tiny_config, tiny_data, tmp_path, monkeypatch):
+    build(tiny_config, tiny_data, tmp_path)
+    files = list((tmp_path / "text-vectors").iterdir())
+    assert len(files) == 1
+    monkeypatch.setattr("karma_fast.model.features.encode_texts", lambda *a, **k: pytest.fail("encoded again"))
+    build(tiny_config, tiny_data, tmp_path)
+    monkeypatch.undo()
+    build(tiny_config, tiny_data, tmp_path,
+          dataclasses.replace(tiny_data.items, texts=["other", *tiny_data.items.texts[1:]]))
+    assert len(list((tmp_path / "text-vectors").iterdir())) == 2
+
+
+def test_full_and_frozen_tuning(tiny_config, tiny_data, tmp_path):
+    frozen = build(tiny_config, tiny_data, tmp_path, tuning="frozen")
+    frozen(batch_of(frozen, tiny_data)).loss.backward()
+    assert all(p.grad is None for p in frozen.backbone.parameters())
+    assert frozen.history_projection.down.weight.grad.abs().sum() > 0
+    full = build(tiny_config, tiny_data, tmp_path, tuning="full", quantization="none")
+    full(batch_of(full, tiny_data)).loss.backward()
+    assert all(p.grad is not None for p in full.backbone.parameters())
+    with pytest.raises(ConfigError, match="full tuning needs"):
+        KarmaConfig(tuning="full", quantization="4bit")
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_gradients_survive_an_evaluation(tiny_config, tiny_data, tmp_path, quantization):
+    model = build(tiny_config, tiny_data, tmp_path, quantization=quantization)
+    kinds = {type(m).__name__ for m in model.backbone.modules()}
+    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
+    batch = batch_of(model, tiny_data)
+
+    def gradient():
+        model.train()
+        model.zero_grad()
+        model(batch).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    before = gradient()
+    model.eval()
+    model.encode_users([tiny_data.sequences.items[:4]])  # on some CPUs this repacks 4-bit weights for inference
+    after = gradient()
+    for name, grad in before.items():
+        torch.testing.assert_close(grad, after[name], rtol=1e-3, atol=1e-5)
+    # the layers below the frozen products are reached, as in the unquantised model
+    assert before["history_projection.down.weight"].abs().sum() > 0
+
+
+def test_adapters_come_back_after_the_decoder_pass(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path).train()
+    history = [tiny_data.sequences.items[:4]]
+    before = model.encode_users(history)
+    model(batch_of(model, tiny_data))
+    assert torch.equal(before, model.encode_users(history))
+    assert all(p.requires_grad for n, p in model.backbone.named_parameters() if "lora_" in n)
+    with adapters_off(model.backbone):
+        assert not torch.equal(before, model.encode_users(history))
+
+
+def test_prompts_cut_texts_and_leave_empty_ones_out(tiny_backbone):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
+    prompts = Prompts(KarmaConfig(max_text_tokens=5), tokenizer, ["a very long text about rockets", "", "x"])
+    assert [len(t) for t in prompts.texts] == [5, 0, len(prompts.texts[2])]
+    assert prompts.texts[0][-1] == prompts.texts[2][-1] == tokenizer.eos_token_id
+    fields = prompts.build([np.array([0]), np.array([], dtype=int)], ["", ""], {0: 1, 1: 2})
+    assert set(fields["gen_rows"].tolist()) == {1}
+    assert fields["emb_columns"].tolist() == [len(prompts.instruction) + 1, len(prompts.instruction)]

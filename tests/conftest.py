@@ -41,7 +41,7 @@ def tiny_backbone(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=0,
-        pad_token_id=0)).save_pretrained(folder)
+        pad_token_id=0, initializer_range=0.15)).save_pretrained(folder)  # strong enough for every layer to matter
     return folder
 
 

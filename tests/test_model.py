@@ -358,27 +358,41 @@ def test_full_and_frozen_tuning(tiny_config, tiny_data, tmp_path):
         KarmaConfig(tuning="full", quantization="4bit")
 
 
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantised_gradients_survive_an_evaluation(tiny_config, tiny_data, tmp_path, quantization):
-    model = build(tiny_config, tiny_data, tmp_path, quantization=quantization)
-    kinds = {type(m).__name__ for m in model.backbone.modules()}
-    assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.train().zero_grad()
+    model(batch).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_4bit_gradients_equal_those_of_the_dequantised_model(tiny_config, tiny_data, tmp_path):
+    import bitsandbytes
+
+    model = build(tiny_config, tiny_data, tmp_path, quantization="4bit")
+    model.eval().encode_users([tiny_data.sequences.items[:4]])  # some CPUs repack weights here, and lose the backward
     batch = batch_of(model, tiny_data)
+    ours = gradients(model, batch)  # first, as reading the state undoes the repacking
+    plain = build(tiny_config, tiny_data, tmp_path)
+    plain.features = model.features
+    plain.load_state_dict({n: v for n, v in model.state_dict().items() if n in model.trained_names()}, strict=False)
+    layers = dict(plain.backbone.named_modules())
+    count = 0
+    for name, module in model.backbone.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            (layers[name].base_layer if hasattr(layers[name], "base_layer") else layers[name]).weight.data.copy_(weight)
+            count += 1
+    assert count == 14
+    theirs = gradients(plain, batch)
+    assert set(ours) == set(theirs)
+    for name, grad in ours.items():
+        if theirs[name].norm() > 1e-4:
+            assert torch.cosine_similarity(grad.flatten(), theirs[name].flatten(), dim=0) > 0.98, name
 
-    def gradient():
-        model.train()
-        model.zero_grad()
-        model(batch).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    before = gradient()
-    model.eval()
-    model.encode_users([tiny_data.sequences.items[:4]])  # on some CPUs this repacks 4-bit weights for inference
-    after = gradient()
-    for name, grad in before.items():
-        torch.testing.assert_close(grad, after[name], rtol=1e-3, atol=1e-5)
-    # the layers below the frozen products are reached, as in the unquantised model
-    assert before["history_projection.down.weight"].abs().sum() > 0
+def test_8bit_trains(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, quantization="8bit")
+    assert "Linear8bitLt" in {type(m).__name__ for m in model.backbone.modules()}
+    assert gradients(model, batch_of(model, tiny_data))["history_projection.down.weight"].abs().sum() > 0
 
 
 def test_adapters_come_back_after_the_decoder_pass(tiny_config, tiny_data, tmp_path):

@@ -1,0 +1,205 @@
+"""KarmaTrainer: log, evaluation, checkpoints, exact resume, Ctrl-C, wrong settings."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from karma_fast.config import KarmaConfig
+from karma_fast.data.batches import log_sampling_probability
+from karma_fast.evaluation.evaluate import evaluate_model, protocol
+from karma_fast.model.karma import KarmaModel
+from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments, keep_log, last_checkpoint, shares
+
+ROOT = Path(__file__).parent.parent
+
+
+def trainer_of(run, data, folder, cache, callbacks=None, model_changes=None, **changes) -> KarmaTrainer:
+    values = run.training | {"output_dir": str(folder)} | changes
+    config = dataclasses.replace(run.model, **(model_changes or {}))
+    model = KarmaModel.build(config, data.items, data.sequences, data.split, cache=cache, device="cpu")
+    return KarmaTrainer(model, KarmaTrainingArguments(use_cpu=True, **values), data, callbacks)
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def curve(folder) -> list[tuple]:
+    names = ("step", "loss", "act", "gen", "rec", "grad_norm", "scale", "learning_rate", "share_u/act", "eval_HR@10")
+    return [tuple(line.get(n) for n in names) for line in read_log(folder) if "loss" in line or "eval_HR@10" in line]
+
+
+def test_log_evaluation_and_best_checkpoint(tiny_config, tiny_data, tmp_path):
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, eval_strategy="steps", eval_steps=2,
+                         max_steps=4, load_best_model_at_end=True, share_steps=2)
+    trainer.train()
+    lines = read_log(tmp_path / "run")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    for line in training:
+        assert {"act", "gen", "rec", "scale", "tokens_per_second", "peak_memory_bytes", "grad_norm"} <= set(line)
+        total = line["act"] + 0.1 * (line["gen"] + line["rec"])
+        assert line["loss"] == pytest.approx(total, abs=2e-3)
+        assert line["share_u/act"] + line["share_u/rec"] == pytest.approx(1)
+        assert line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 1e7
+    shared = [line["step"] for line in training if "share_llm/gen" in line]
+    assert shared == [1, 2, 4]
+    evaluations = {line["step"]: line["eval_HR@10"] for line in lines if "eval_HR@10" in line}
+    assert set(evaluations) == {2, 4}
+    best = max(evaluations, key=evaluations.get)
+    assert trainer.state.best_metric == evaluations[best]
+    assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{best}"
+    assert evaluate_model(trainer.model, tiny_data, tiny_data.split.valid)["HR@10"] == evaluations[best]
+
+
+def test_training_lowers_the_loss_and_beats_the_start(tiny_config, tiny_data, tmp_path):
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=40, save_strategy="no",
+                         per_device_train_batch_size=16, projection_learning_rate=1e-2, learning_rate=1e-3)
+    before = evaluate_model(trainer.model, tiny_data, tiny_data.split.test, ks=(10,))
+    trainer.train()
+    after = evaluate_model(trainer.model, tiny_data, tiny_data.split.test, ks=(10,))
+    losses = [line["loss"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+    assert after["MRR"] > before["MRR"]
+
+
+def test_resume_after_kill_9_is_exact(tiny_config, tiny_data, tmp_path):
+    options = {"max_steps": 6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    whole = trainer_of(tiny_config, tiny_data, tmp_path / "whole", tmp_path, **options,
+                       model_changes={"lora_dropout": 0.1})
+    whole.train()
+    script = tmp_path / "killed.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from transformers import TrainerCallback
+from karma_fast.config import DataConfig, KarmaConfig
+from karma_fast.data import load_dataset
+from karma_fast.model.karma import KarmaModel
+from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            (Path(args.output_dir) / "checkpoint-6").mkdir()  # as if killed while writing it
+            os.kill(os.getpid(), signal.SIGKILL)
+
+data = load_dataset(DataConfig(**{tiny_config.data.to_dict()!r}))
+config = KarmaConfig(**{dataclasses.replace(tiny_config.model, lora_dropout=0.1).to_dict()!r})
+model = KarmaModel.build(config, data.items, data.sequences, data.split, cache=Path({str(tmp_path)!r}), device="cpu")
+values = {tiny_config.training | {"output_dir": str(tmp_path / "killed")} | options!r}
+KarmaTrainer(model, KarmaTrainingArguments(use_cpu=True, **values), data, [Kill()]).train()
+""")
+    done = subprocess.run([sys.executable, script], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+                          capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "killed", tmp_path, **options,
+                         model_changes={"lora_dropout": 0.1})
+    resumed.train(resume_from_checkpoint=True)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    theirs = dict(whole.model.named_parameters())
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, theirs[name]), name
+
+
+def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [Interrupt()], max_steps=50, save_steps=40)
+    before = signal.getsignal(signal.SIGINT)
+    trainer.train()
+    assert trainer.interrupted and trainer.state.global_step == 2
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_config, tiny_data, tmp_path):
+    trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=2).train()
+    other = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=4,
+                       model_changes={"decode_weight": 0.0})
+    with pytest.raises(ValueError, match="does not fit this model"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_nan_names_its_term(tiny_config, tiny_data, tmp_path):
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path)
+    with torch.no_grad():
+        trainer.model.decode_projection.down.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="L_rec is nan"):
+        trainer.train()
+
+
+def test_accumulation_averages_the_same_batches(tiny_config, tiny_data, tmp_path):
+    """Two batches of 4 accumulated: the parts logged are the means, the step is one."""
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    trainer.train()
+    line = read_log(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(line["act"] + 0.1 * (line["gen"] + line["rec"]), abs=2e-3)
+
+
+def test_scale_is_clamped_after_the_step(tiny_config, tiny_data, tmp_path):
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, projection_learning_rate=0.5,
+                         model_changes={"init_scale": 9.0, "max_scale": 9.1})
+    trainer.train()
+    assert all(line["scale"] <= 9.1 + 1e-4 for line in read_log(tmp_path / "run") if "scale" in line)
+
+
+def test_arguments_and_protocol(tiny_data, tmp_path):
+    args = KarmaTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.projection_learning_rate > args.learning_rate > 0 and args.max_grad_norm == 1.0
+    line = protocol(tiny_data, tiny_data.split.test, 6)
+    assert "40 items" in line and "seen items left out" in line and "last 6" in line and "leave one out" in line.lower()
+
+
+def test_log_q_counts_the_training_part_only(tiny_data):
+    log_q = log_sampling_probability(tiny_data.sequences, tiny_data.split, 40)
+    counts = np.zeros(40)
+    for user, end in enumerate(tiny_data.split.train_end):
+        np.add.at(counts, tiny_data.sequences.items[tiny_data.sequences.indptr[user]:end], 1)
+    np.testing.assert_allclose(np.exp(log_q), np.maximum(counts, 1) / counts.sum(), rtol=1e-5)
+
+
+def test_keep_log_cuts_later_and_broken_lines(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    keep_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_log(path, 0)
+    assert path.read_text() == ""
+    keep_log(tmp_path / "none.jsonl", 1)
+
+
+def test_shares_are_parts_of_one():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    found = shares({"a": 3 * x.sum(), "b": x.sum(), "none": torch.tensor(1.0)}, [x])
+    assert found == pytest.approx({"a": 0.75, "b": 0.25})
+
+
+def test_nothing_to_train_on_is_said(tiny_config, tiny_data, tmp_path):
+    empty = dataclasses.replace(tiny_data, split=dataclasses.replace(
+        tiny_data.split, train_end=tiny_data.sequences.indptr[:-1] + 1))
+    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu")
+    with pytest.raises(ValueError, match="nothing to train on"):
+        KarmaTrainer(model, KarmaTrainingArguments(output_dir=str(tmp_path), use_cpu=True), empty)
+
+
+def test_config_weights():
+    config = KarmaConfig(decode_weight=0.5, rec_weight=2.0)
+    assert config.weight("rec") == 1.0 and config.weight("act") == 1.0 and config.weight("gen") == 0.5

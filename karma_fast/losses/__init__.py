@@ -2,6 +2,6 @@
 
 from .info_nce import InfoNCELoss
 from .karma import KarmaLoss, LossParts, image_distance
-from .text import frozen_decoder_loss, text_cross_entropy
+from .text import frozen_decoder_loss, text_losses
 
-__all__ = ["InfoNCELoss", "KarmaLoss", "LossParts", "frozen_decoder_loss", "image_distance", "text_cross_entropy"]
+__all__ = ["InfoNCELoss", "KarmaLoss", "LossParts", "frozen_decoder_loss", "image_distance", "text_losses"]

@@ -9,28 +9,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def text_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, num_texts: float) -> Tensor:
-    """Mean over texts of the mean token loss of each.
+def text_losses(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Mean token loss of each text.
 
     Args:
         logits: (G, V) of the positions that predict a token of a text.
         labels: (G,) the tokens.
-        rows: (G,) the text each belongs to, counted from 0.
-        num_texts: what the sum is divided by. It counts empty texts too (or is their expected number), so that the
-            loss is a plain sum over a batch and does not depend on how the batch is cut into parts.
+        rows: (G,) the text each belongs to, 0..num_rows-1.
 
     Returns:
-        () float32. Source: Sun et al. 2026, arXiv 2603.22779, for the terms; averaging per text is ours.
+        (num_rows,) float32; 0 for a text without tokens. Source: Sun et al. 2026, arXiv 2603.22779, for the terms; the
+        mean per text is ours.
 
     Example:
-        >>> logits = torch.zeros(3, 4)
-        >>> text_cross_entropy(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2).item()  # log 4
-        1.3862943649291992
+        >>> text_losses(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 3)  # log 4
+        tensor([1.3863, 1.3863, 0.0000])
     """
-    if labels.numel() == 0:
-        return logits.sum() * 0.0
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    return (losses / torch.bincount(rows)[rows]).sum() / num_texts
+    lengths = torch.bincount(rows, minlength=num_rows).clamp_min(1)
+    return losses.new_zeros(num_rows).index_add(0, rows, losses) / lengths
 
 
 class _ThroughSoftTokens(torch.autograd.Function):

@@ -17,7 +17,7 @@ from ..data.schema import Items
 from ..data.schema import Sequences as UserSequences
 from ..data.schema import Split
 from ..data.windows import training_windows
-from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_cross_entropy
+from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, causal_lm, compute_dtype, identity, load_backbone, resolve_backbone, token_logits
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
@@ -189,7 +189,8 @@ class KarmaModel(nn.Module):
             parts.act = self.loss.contrastive(u, self.item_embeddings(keys)[index], None, None, batch.keys, batch.log_q)
         if self.loss.wants("gen"):
             states = hidden[batch.gen_rows, batch.gen_columns]
-            parts.gen = text_cross_entropy(self._logits(states), batch.gen_labels, batch.gen_rows, batch.num_texts)
+            losses = text_losses(self._logits(states), batch.gen_labels, batch.gen_rows, len(batch))
+            parts.gen = losses.sum() / batch.num_texts
         num_decoded = batch.num_texts * self.config.decode_positions
         if self.loss.wants("rec") and len(batch.decode_pairs):
             parts.rec = self.reconstruction_loss(u[batch.decode_pairs], batch.text_ids, batch.text_lengths, num_decoded)
@@ -203,21 +204,24 @@ class KarmaModel(nn.Module):
         with self._autocast():
             return token_logits(causal_lm(self.backbone), states)
 
+    def reconstruction_losses(self, soft: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """(S, K, hidden) soft tokens, (S, Y) texts, (S,) lengths -> (S,) mean token loss of each text after them."""
+        y = F.embedding(text_ids, self._embedding_table())
+        present = torch.arange(text_ids.shape[1], device=soft.device) < text_lengths[:, None]
+        states = self._decoder_states(torch.cat([soft.to(y.dtype), y], dim=1))
+        # the last soft token predicts the first token of the text
+        logits = self._logits(states[:, soft.shape[1] - 1:-1][present])
+        return text_losses(logits, text_ids[present], present.nonzero()[:, 0], len(text_ids))
+
     def reconstruction_loss(self, u: Tensor, text_ids: Tensor, text_lengths: Tensor, num_texts: float) -> Tensor:
         """L_rec: (S, d_e) embeddings, (S, Y) texts, (S,) lengths -> (): the texts given the embeddings alone.
 
         The sum over the texts is divided by ``num_texts``.
         """
         soft = self.decode_projection(u)
-        table = self._embedding_table()
-        y = F.embedding(text_ids, table)
-        rows, columns = (torch.arange(text_ids.shape[1], device=u.device) < text_lengths[:, None]).nonzero(as_tuple=True)
 
         def loss_of(soft: Tensor) -> Tensor:
-            states = self._decoder_states(torch.cat([soft.to(y.dtype), y], dim=1))
-            # the last soft token predicts the first token of the text
-            logits = self._logits(states[rows, columns + soft.shape[1] - 1])
-            return text_cross_entropy(logits, text_ids[rows, columns], rows, num_texts)
+            return self.reconstruction_losses(soft, text_ids, text_lengths).sum() / num_texts
 
         if self.config.tuning == "full":  # the decoder is trained too: the plain path
             return loss_of(soft)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -161,6 +162,10 @@ class KarmaConfig(Section):
                 f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
         require(not (self.tuning == "full" and self.quantization != "none"),
                 "model.tuning: full tuning needs model.quantization none; 4-bit and 8-bit weights take lora or frozen")
+
+    def to_json_string(self) -> str:
+        """JSON; transformers' TensorBoard callback asks a model's config for it."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def weight(self, term: Literal["act", "gen", "rec", "vis"]) -> float:
         """The factor of a term in the total loss."""

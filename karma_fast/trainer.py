@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -74,6 +73,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak of the device's allocations on a GPU, of the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -60,14 +60,15 @@ def part_means(token_ids: list[int], parts: int, table: Tensor) -> Tensor:
     return torch.stack([table[s].float().mean(dim=0) for s in stretches])
 
 
-def ridge(states: Tensor, targets: Tensor, strength: float = 1e-2) -> Tensor:
-    """(n, h) states, (n, d) targets -> (d, h) weights; strength is relative to the mean square of the states.
+def ridge(states: Tensor, targets: Tensor, weights: Tensor | None = None, strength: float = 1e-2) -> Tensor:
+    """(n, h) states, (n, d) targets, (n,) weights of the rows -> (d, h); strength is relative to the states' squares.
 
     >>> states = torch.randn(50, 3)
-    >>> torch.allclose(ridge(states, states @ torch.ones(3, 2), 1e-9), torch.ones(2, 3), atol=1e-3)
+    >>> torch.allclose(ridge(states, states @ torch.ones(3, 2), strength=1e-9), torch.ones(2, 3), atol=1e-3)
     True
     """
     x, y = states.double(), targets.double()
-    gram = x.T @ x
+    weighted = x if weights is None else x * weights.double()[:, None]
+    gram = weighted.T @ x
     gram.diagonal().add_(strength * gram.diagonal().mean())
-    return torch.linalg.solve(gram, x.T @ y).T.float()
+    return torch.linalg.solve(gram, weighted.T @ y).T.float()

@@ -54,7 +54,11 @@ class KarmaModel(nn.Module):
         self.item_projection = nn.Linear(features.width, config.embedding_dim, bias=False)  # W_e
         self.history_projection = SoftPromptProjection(features.width, hidden, mid_features=config.mid_features,
                                                        token_norm=norm)  # P_in
-        self.interest_projection = nn.Linear(hidden, config.embedding_dim, bias=False)  # W_o
+        # W_o reads states in units of their spread over the untuned model: a few of a language model's dimensions are
+        # far larger than the rest, and a step of Adam along them would undo the starting point
+        self.register_buffer("state_mean", torch.zeros(hidden))
+        self.register_buffer("state_spread", torch.ones(hidden))
+        self.interest_projection = nn.Linear(hidden, config.embedding_dim)  # W_o
         self.emb_token = nn.Parameter(F.normalize(torch.randn(hidden), dim=0) * norm)
         self.decode_projection = None
         if config.weight("rec") > 0:
@@ -115,20 +119,29 @@ class KarmaModel(nn.Module):
             return
         chosen = np.random.default_rng(seed).choice(len(starts), min(num_windows, len(starts)), replace=False)
         chosen = chosen[np.argsort(ends[chosen] - starts[chosen], kind="stable")]
-        states, targets = [], []
+        states, targets, weights = [], [], []
         self.eval()
         for part in np.array_split(chosen, -(-len(chosen) // 32)):
             histories = [sequences.items[starts[w]:ends[w]][-self.config.max_history:] for w in part]
             fields = self.prompts.build(histories, [""] * len(part))
-            hidden = self._states(**{k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")})
+            hidden = self._states(**{k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")}).float()
             for row, history in enumerate(histories):
                 emb = int(fields["emb_columns"][row])
+                states.append(hidden[row, emb - len(history):emb + 1])
                 goal = latest_mean(self.encode_items(np.asarray(history)))
+                targets.append(torch.cat([goal, goal[-1:]]))
                 # [EMB] is what serving reads, so it weighs as much as the item positions together
-                weight = len(history) ** 0.5
-                states += [hidden[row, emb - len(history):emb].float(), weight * hidden[row, emb:emb + 1].float()]
-                targets += [goal, weight * goal[-1:]]
-        self.interest_projection.weight.copy_(ridge(torch.cat(states), torch.cat(targets).to(self.device)))
+                weights.append(torch.tensor([1.0] * len(history) + [float(len(history))]))
+        states, targets, weights = torch.cat(states), torch.cat(targets).to(self.device), torch.cat(weights)
+        self.state_mean.copy_(states.mean(dim=0))
+        self.state_spread.copy_(states.std(dim=0).clamp_min(1e-6))
+        states = (states - self.state_mean) / self.state_spread
+        bias = targets.mean(dim=0)
+        weight = ridge(states, targets - bias, weights.to(self.device))
+        # u does not depend on the scale of W_o, but how far a step of the optimiser turns it does
+        size = (states @ weight.T + bias).square().mean().sqrt().clamp_min(1e-6)
+        self.interest_projection.weight.copy_(weight / size)
+        self.interest_projection.bias.copy_(bias / size)
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
         """P_rec's last layer from items' embeddings to the mean token embeddings of parts of their texts."""
@@ -173,7 +186,7 @@ class KarmaModel(nn.Module):
 
     def interest(self, states: Tensor) -> Tensor:
         """(n, hidden) states at a query's position -> (n, d_e) unit vectors, float32."""
-        return F.normalize(self.interest_projection(states.float()), dim=-1)
+        return F.normalize(self.interest_projection((states.float() - self.state_mean) / self.state_spread), dim=-1)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """(n,) catalogue indices -> (n, d_e) unit vectors, float32."""

@@ -1,0 +1,7 @@
+"""``python -m karma_fast`` is ``karma-fast``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

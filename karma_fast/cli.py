@@ -1,0 +1,221 @@
+"""The `karma-fast` command: arguments in, one of a few exit codes out. Heavy packages load when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+import traceback
+from importlib import import_module
+
+from . import __version__
+from .config import ConfigError, DataConfig, KarmaConfig
+
+STARTED = time.perf_counter()  # what a run reports as its time includes the loading of packages
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    what was asked for failed: bad data, training not possible, no such model, user or item, out of memory
+  2    wrong usage or configuration, such as an unknown setting
+  130  stopped by Ctrl-C"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit code. Usage errors of argparse raise SystemExit(2).
+
+    >>> main(["train", "missing.yaml", "--learnin_rate", "1e-4"])
+    2
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = build_parser()
+    show_traceback = "--traceback" in argv
+    argv = [word for word in argv if word != "--traceback"]
+    name = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        overrides = {}
+        if name in commands and commands[name].get_default("takes_settings"):
+            argv, overrides = split_settings(argv, commands[name])
+        args = parser.parse_args(argv)
+        if name is None:
+            parser.print_help()
+            return 2
+        args.overrides = overrides
+        return import_module(f".commands.{args.module}", __package__).main(args)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        code, text = explain(error)
+        if text is None:  # a fault of the program: where it happened is all there is to say
+            if not show_traceback:
+                traceback.print_exc()
+            return code
+        print(f"error: {text}", file=sys.stderr)
+        return code
+
+
+def explain(error: Exception) -> tuple[int, str | None]:
+    """(exit code, one message) of an error; None for the message of one that users cannot have caused."""
+    text = str(error)
+    if isinstance(error, ConfigError):
+        return 2, text
+    if isinstance(error, MemoryError) and text:
+        return 1, text
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return 1, f"out of memory: {text.splitlines()[0] if text else 'no memory left'}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("karma"):
+        return 1, f"this command needs {error.name}, which is not installed; `karma-fast doctor` says how to get it"
+    if isinstance(error, KeyError):
+        # KeyErrors of this project bring a sentence; others bring the missing key alone
+        return 1, error.args[0] if error.args and " " in str(error.args[0]) else None
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return 1, f"{error.filename}: no such file or folder"
+    if type(error).__name__ in ("DataError", "AssetError") or isinstance(error, FloatingPointError):
+        return 1, text
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return 1, f"{text or type(error).__name__} (--traceback shows where)"
+    return 1, None
+
+
+def split_settings(argv: list[str], command: argparse.ArgumentParser) -> tuple[list[str], dict[str, str]]:
+    """Takes the settings (``--key value``, ``--key=value``, ``--key`` for true) out of the words for argparse.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--resume", action="store_true")
+    >>> split_settings(["--resume", "--model.positions", "last", "a.yaml", "--bf16"], parser)
+    (['--resume', 'a.yaml'], {'model.positions': 'last', 'bf16': 'true'})
+    """
+    own = {option for action in command._actions for option in action.option_strings}
+    rest, settings, at = [], {}, 0
+    while at < len(argv):
+        name, equals, value = argv[at].partition("=")
+        at += 1
+        if not name.startswith("--") or name in own or name == "--":
+            rest.append(argv[at - 1])
+            continue
+        if not equals:
+            value = "true"
+            if at < len(argv) and not argv[at].startswith("--"):
+                value = argv[at]
+                at += 1
+        settings[name[2:].replace("-", "_")] = value
+    return rest, settings
+
+
+# ---- the parser --------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser and, by name, those of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="karma-fast",
+        description="Train an LLM to find the next item, with an embedding that stays decodable into text.",
+        epilog=f"{EXIT_CODES}\n\n`karma-fast COMMAND --help` says more. Start with `karma-fast demo`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"karma-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, module: str, summary: str, epilog: str, takes_settings=False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                                      epilog=f"{epilog}\n\n{EXIT_CODES}", allow_abbrev=False,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(module=module, command=name, takes_settings=takes_settings)
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        made[name] = command
+        return command
+
+    demo = add("demo", "train", "train on MovieLens-100K with a 135M-parameter LLM, compare, and report",
+               "examples:\n  karma-fast demo\n  karma-fast demo --max_steps 20 --output_dir runs/quick\n\n"
+               "Any setting of `karma-fast train` can follow. An earlier demo in the same folder is replaced.", True)
+    train = add("train", "train", "train a model as a YAML file says, evaluate it beside the baselines, and report",
+                "examples:\n  karma-fast train shop.yaml\n  karma-fast train shop.yaml --learning_rate 1e-4 "
+                f"--model.positions last\n  karma-fast train shop.yaml --resume\n\n{settings_help()}", True)
+    train.add_argument("config", metavar="CONFIG.yaml", help="sections data:, model: and training:")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    for command, group in ((demo, demo), (train, again)):
+        group.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+        command.add_argument("--test-users", type=whole, default=0, metavar="N",
+                             help="evaluate on N test requests drawn by the seed (default: all)")
+
+    evaluate = add("evaluate", "evaluate", "rank the held-out items of a data set against its whole catalogue",
+                   "examples:\n  karma-fast evaluate runs/demo\n  karma-fast evaluate runs/demo --split valid --json")
+    evaluate.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
+    evaluate.add_argument("--split", choices=("test", "valid"), default="test", help="which targets (default: test)")
+    evaluate.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
+    evaluate.add_argument("--baselines", action="store_true", help="rows of popularity, item-kNN and title TF-IDF too")
+
+    recommend = add("recommend", "recommend", "list the next items for a user or a typed history",
+                    'examples:\n  karma-fast recommend runs/demo --history "Toy Story, Aladdin" --explain\n'
+                    "  karma-fast recommend runs/demo --user 196 --k 20\n  karma-fast recommend runs/shop --history "
+                    '"B07X,B08Y" --query "running shoes" --json\n\nItems of the history are left out of the list.')
+    recommend.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", metavar="ID", help="a user of the data the model was trained on, or of --data")
+    who.add_argument("--history", metavar='"ITEM, ITEM"', help="ids or titles, oldest first; part of a title will do "
+                     "where only one item has it")
+    recommend.add_argument("--query", default="", help="what the user searches for")
+    recommend.add_argument("--k", type=whole, default=10, help="how many items (default: 10)")
+    recommend.add_argument("--explain", action="store_true", help="also decode the interest embedding into text")
+
+    embed = add("embed", "embed", "write the embeddings of items and users to files",
+                "examples:\n  karma-fast embed runs/demo --items items.parquet --users users.parquet\n"
+                "  karma-fast embed runs/demo --items items.npy\n\n.parquet has the columns id and embedding "
+                "(list of float32);\nNAME.npy is (rows, width) float32 and goes with NAME.ids.txt, one id a line.\n"
+                "A user's embedding follows from all their events. Scores are inner products.")
+    embed.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
+    embed.add_argument("--items", metavar="FILE", help=".parquet or .npy for the item embeddings")
+    embed.add_argument("--users", metavar="FILE", help=".parquet or .npy for the user embeddings")
+    for command in (evaluate, recommend, embed):
+        command.add_argument("--data", metavar="CONFIG.yaml", help="data section to use (default: that of the run)")
+
+    check = add("check-data", "check_data", "read the data, count it, and list what is wrong with it",
+                "examples:\n  karma-fast check-data shop.yaml\n  karma-fast check-data --interactions clicks.csv "
+                f"--items items.csv --time_column ts\n\n{section_help(DataConfig)}", True)
+    check.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    doctor = add("doctor", "doctor", "show versions, hardware, caches, and how to install what is missing",
+                 "example:\n  karma-fast doctor --json")
+    for command in (evaluate, recommend, check, doctor):
+        command.add_argument("--json", action="store_true", help="machine-readable output")
+    return parser, made
+
+
+def whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; a whole number of 1 or more is needed")
+    return int(text)
+
+
+def section_help(section: type) -> str:
+    """The settings of a section with their defaults, in lines of at most 100 characters.
+
+    >>> print(section_help(DataConfig).splitlines()[0])
+    data settings (defaults):
+    """
+    lines, line = [f"{section.section} settings (defaults):"], " "
+    for field in dataclasses.fields(section):
+        word = f" {field.name}={'' if field.default is None else field.default}"
+        if len(line) + len(word) > 100:
+            lines, line = [*lines, line], " "
+        line += word
+    return "\n".join([*lines, line])
+
+
+def settings_help() -> str:
+    return (f"{section_help(DataConfig)}\n\n{section_help(KarmaConfig)}\n\n"
+            "training settings: learning_rate projection_learning_rate per_device_train_batch_size num_train_epochs\n"
+            "  max_steps warmup_steps save_steps logging_steps eval_strategy eval_steps eval_users share_steps seed\n"
+            "  output_dir, and every other field of transformers' TrainingArguments.\n"
+            "Write a setting as --name value or --section.name value. --seed alone is training.seed.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

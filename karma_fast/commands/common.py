@@ -1,0 +1,129 @@
+"""What several commands need: a quiet start, models, configurations, and the data behind a model."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import platform
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from ..data import Dataset
+    from ..model.karma import KarmaModel
+
+
+def quiet() -> None:
+    """Keeps other packages' notices off the terminal; warnings become single lines."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def load_config(path: str | None, overrides: dict[str, str]) -> RunConfig:
+    """`RunConfig.load`, with `--seed` alone meaning the training's, as the data's decides only the order of ties."""
+    return RunConfig.load(path, {"training.seed" if key == "seed" else key: value for key, value in overrides.items()})
+
+
+def model_folder(path: str) -> Path:
+    """A run's folder or a saved model's -> the latter; FileNotFoundError if there is none."""
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / "config.json").is_file():
+            return folder
+    if any(Path(path).glob("checkpoint-*")):
+        raise FileNotFoundError(f"{path}: its training did not end, so there is no model yet; go on with "
+                                "`karma-fast train CONFIG.yaml --resume`")
+    raise FileNotFoundError(f"{path}: no model there; give a run's folder, such as runs/demo, or a saved model's")
+
+
+def load_model(path: str) -> tuple[KarmaModel, Path]:
+    folder = model_folder(path)
+    quiet()
+    from ..model.karma import KarmaModel
+
+    return KarmaModel.from_pretrained(folder), folder
+
+
+def load_data(data: str | None, folder: Path) -> Dataset:
+    """The data of a YAML file, or of the run that wrote the model in ``folder``."""
+    path = Path(data) if data is not None else folder.parent / "config.yaml"
+    if data is None and not path.is_file():
+        raise ConfigError(f"{folder}: no config.yaml beside it names its data; give --data CONFIG.yaml")
+    from ..data import load_dataset
+
+    return load_dataset(RunConfig.load(path).data)
+
+
+def fit_to(model: KarmaModel, data: Dataset) -> Dataset:
+    """The same data with its items counted as the model counts them; DataError if it has items the model lacks."""
+    from ..data import DataError, Dataset, Sequences
+
+    if data.items.ids.tolist() == model.items.ids.tolist():
+        return data
+    known = {name: place for place, name in enumerate(model.items.ids)}
+    places = np.array([known.get(name, -1) for name in data.items.ids])
+    used = np.unique(data.sequences.items)
+    unknown = used[places[used] < 0]
+    if len(unknown):
+        raise DataError(f"{len(unknown)} items of this data are not in the model's catalogue, "
+                        f"{data.items.ids[unknown[0]]!r} first; train a model on this data")
+    sequences = Sequences(**{**vars(data.sequences), "items": places[data.sequences.items].astype(np.int32),
+                             "negatives_indptr": None, "negatives": None})
+    return Dataset(model.items, sequences, data.split, data.name, data.notes)
+
+
+def user_index(user_ids: np.ndarray, user: str) -> int:
+    """Place of an external id; KeyError with near ones."""
+    found = np.flatnonzero(user_ids == user)
+    if len(found):
+        return int(found[0])
+    near = difflib.get_close_matches(user, map(str, user_ids[:50_000]), n=3)
+    hint = f"near: {', '.join(near)}" if near else f"ids look like {', '.join(map(str, user_ids[:3]))}"
+    raise KeyError(f"no user has the id {user!r} (or they have too few events); {hint}")
+
+
+def draw(positions: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """``number`` of the positions drawn by the seed, in their order; all for 0.
+
+    >>> draw(np.array([4, 7, 9]), 0, 0), len(draw(np.array([4, 7, 9]), 2, 0))
+    (array([4, 7, 9]), 2)
+    """
+    if not 0 < number < len(positions):
+        return positions
+    return np.sort(np.random.default_rng(seed).choice(positions, number, replace=False))
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+COLUMNS = ("HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
+
+
+def table(rows: dict[str, dict[str, float]], columns: Sequence[str] = COLUMNS) -> str:
+    """Metrics as aligned text.
+
+    >>> print(table({"popularity": {"HR@1": 0.25}}, ["HR@1"]))
+                         HR@1
+    popularity         0.2500
+    """
+    from ..evaluation.verdict import name_of
+
+    lines = [" " * 16 + "".join(f"{name:>9}" for name in columns)]
+    lines += [f"{name_of(key):<16}" + "".join(f"{row[name]:9.4f}" for name in columns)
+              for key, row in rows.items()]
+    return "\n".join(lines)

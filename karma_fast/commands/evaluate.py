@@ -1,0 +1,35 @@
+"""`karma-fast evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .common import draw, fit_to, load_data, load_model, table
+
+
+def main(args: argparse.Namespace) -> int:
+    model, folder = load_model(args.model)
+    data = fit_to(model, load_data(args.data, folder))
+    from ..data import DataError
+    from ..evaluation.baselines import baseline_rows
+    from ..evaluation.evaluate import evaluate_model, protocol
+    from ..evaluation.verdict import key_of, verdict
+
+    positions = draw(getattr(data.split, args.split), args.test_users, seed=0)
+    if not len(positions):
+        raise DataError(f"the data has no {args.split} target, so nothing can be ranked; see `karma-fast check-data`")
+    rows = {}
+    if args.baselines:
+        names = {"itemknn": "item_knn", "titletfidf": "title_tfidf"}
+        rows = {names.get(key_of(name), name): row for name, row in baseline_rows(data, positions).items()}
+    rows["karma"] = evaluate_model(model, data, positions, progress=sys.stderr.isatty())
+    line = protocol(data, positions, model.config.max_history)
+    if args.json:
+        print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions)}, indent=1))
+        return 0
+    print(f"{table(rows)}\n\n{args.split}: {line}")
+    if args.baselines:
+        print("\n" + "\n".join(verdict(rows, len(positions))))
+    return 0

@@ -1,0 +1,43 @@
+"""`karma-fast train` and `karma-fast demo`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from ..cli import STARTED
+from .common import load_config, quiet
+
+DEMO = """KARMA demo: a 135M-parameter LLM (SmolLM2, Apache-2.0) learns the next film of MovieLens-100K users.
+Both come from the package index once and are kept in the cache. MovieLens is for research, with acknowledgement:
+F. M. Harper and J. A. Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015, https://doi.org/10.1145/2827872
+"""
+
+
+def main(args: argparse.Namespace) -> int:
+    demo = args.command == "demo"
+    if demo:
+        print(DEMO, flush=True)
+        with as_file(files("karma_fast") / "demo.yaml") as path:
+            config = load_config(str(path), args.overrides)
+    else:
+        config = load_config(args.config, args.overrides)
+    name = "demo" if demo else config.data.name or Path(args.config).stem
+    folder = str(config.training.get("output_dir") or Path("runs") / name)
+    quiet()
+    from ..run import run
+
+    run(config, folder, command=shlex.join(["karma-fast", *sys.argv[1:]]), resume=args.resume,
+        overwrite=not args.resume if demo else args.overwrite, test_users=args.test_users, started=STARTED, say=say)
+    if demo:
+        print(f"\nTry it:\n  karma-fast recommend {folder} --history \"Toy Story, Aladdin\" --explain\n"
+              f"  karma-fast recommend {folder} --user 196\n  karma-fast embed {folder} --items items.parquet\n"
+              "With your own data: karma-fast check-data --interactions clicks.csv --items items.csv")
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,84 @@
+"""What a prompt's positions look at: the mean attention map of one request."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..model.backbone import causal_lm
+
+if TYPE_CHECKING:
+    from ..model.karma import KarmaModel
+
+TITLE_WIDTH = 24
+
+
+def attention_map(model: KarmaModel, history: np.ndarray, query: str = "") -> tuple[list[str], np.ndarray]:
+    """Mean attention over the heads and layers of the language model for one request, as serving reads it.
+
+    Args:
+        model: its attention may be of any kind; this one prompt is computed eagerly, as only that keeps the weights.
+        history: (H,) catalogue indices, oldest first; the last ``model.config.max_history`` count. May be empty.
+        query: the request's text, "" for none.
+
+    Returns:
+        T labels (tokens of the instruction and the query, titles of the items, "[EMB]"), and (T, T) float32: row =
+        where the model stands, column = what it looks at. Rows sum to 1, up to the rounding of the model's dtype.
+
+    Raises:
+        ValueError: the language model has no attention layer that can report its weights.
+
+    What the served embedding looks at is the last row: ``dict(zip(labels, weights[-1]))``.
+    """
+    layers: list[torch.Tensor] = []
+
+    def ask(module, args, kwargs):
+        return args, kwargs | {"output_attentions": True}
+
+    def collect(module, args, output):
+        # layers without softmax attention report nothing
+        layers.extend(layer[0].float().mean(dim=0).cpu() for layer in output.attentions or () if layer is not None)
+
+    core = causal_lm(model.backbone).base_model
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eager_attention(causal_lm(model.backbone)))
+        stack.callback(core.register_forward_pre_hook(ask, with_kwargs=True).remove)
+        stack.callback(core.register_forward_hook(collect).remove)
+        model.encode_users([history], [query])
+    if not layers:
+        raise ValueError(f"{type(core).__name__}: none of its layers reports attention weights, so there is no map; "
+                         "use a backbone with softmax attention")
+    return prompt_labels(model, history, query), torch.stack(layers).mean(dim=0).numpy()
+
+
+@contextlib.contextmanager
+def eager_attention(model):
+    """Attention written out, for the time of a `with` block."""
+    before = model.config._attn_implementation
+    if before != "eager":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before != "eager":
+            model.set_attn_implementation(before)
+
+
+def prompt_labels(model: KarmaModel, history: np.ndarray, query: str = "") -> list[str]:
+    """A name for each position of a request's prompt; long titles are cut.
+
+    >>> from types import SimpleNamespace as Fake
+    >>> prompts = Fake(instruction=[7, 8], query_ids=lambda query: [])
+    >>> model = Fake(prompts=prompts, tokenizer=Fake(decode=lambda ids: {7: "Chosen", 8: ":"}[ids[0]]),
+    ...              items=Fake(titles=["tea", ""], ids=["a", "b"]), config=Fake(max_history=20))
+    >>> prompt_labels(model, [0, 1])
+    ['Chosen', ':', 'tea', 'b', '[EMB]']
+    """
+    prompts, items = model.prompts, model.items
+    tokens = [model.tokenizer.decode([i]).replace("\n", "⏎").strip() or "␣"
+              for i in prompts.instruction + prompts.query_ids(query)]
+    titles = [items.titles[i] or str(items.ids[i]) for i in np.asarray(history, np.int64)[-model.config.max_history:]]
+    return [*tokens, *(t if len(t) <= TITLE_WIDTH else t[:TITLE_WIDTH - 1].rstrip() + "…" for t in titles), "[EMB]"]

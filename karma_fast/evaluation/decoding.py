@@ -1,0 +1,61 @@
+"""Does an interest embedding say what comes next? Text losses of the right embeddings beside those of others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.backbone import adapters_off
+
+if TYPE_CHECKING:
+    from ..model.karma import KarmaModel
+
+CHUNK = 16  # texts at a time, as their logits are whole
+
+
+@torch.no_grad()
+def text_losses(model: KarmaModel, u: Tensor, targets: np.ndarray) -> Tensor:
+    """(n,) float32 on the CPU: mean token loss of each target's text given its row of u, (n, d_e), alone.
+    """
+    device, training = model.device, model.training
+    model.eval()
+    losses = []
+    for at in range(0, len(targets), CHUNK):
+        texts = [model.prompts.texts[int(t)] for t in targets[at:at + CHUNK]]
+        width = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        with adapters_off(model.backbone):
+            losses.append(model.reconstruction_losses(model.decode_projection(u[at:at + CHUNK].to(device)), ids, lengths))
+    model.train(training)
+    return torch.cat(losses).cpu()
+
+
+def decoding_check(model: KarmaModel, u: Tensor, targets: np.ndarray) -> dict[str, float] | None:
+    """Compares held-out users' embeddings with each other's: whose next item does an embedding describe?
+
+    Args:
+        u: (n, d_e) interest embeddings of held-out requests, n >= 2.
+        targets: (n,) catalogue indices of their true next items. Those without a text are left out.
+
+    Returns:
+        matched_loss: mean over requests of the target's text loss (nats per token) given its own user's embedding.
+        shuffled_loss: given another user's, the rows of u moved on by one. share_better: share of the requests whose
+        matched loss is the lower one; 0.5 is chance. users: number of requests compared. None if the model has no
+        L_rec, or fewer than two targets have a text.
+
+    Example:
+        >>> decoding_check(model, model.encode_users(histories), targets)  # doctest: +SKIP
+        {'matched_loss': 3.1, 'shuffled_loss': 3.4, 'users': 256, 'share_better': 0.71}
+    """
+    targets = np.asarray(targets)
+    keep = np.array([bool(model.prompts.texts[int(t)]) for t in targets], dtype=bool)
+    if model.decode_projection is None or keep.sum() < 2:
+        return None
+    u, targets = u[torch.from_numpy(keep)], targets[keep]
+    matched, shuffled = text_losses(model, u, targets), text_losses(model, u.roll(1, dims=0), targets)
+    return {"matched_loss": float(matched.mean()), "shuffled_loss": float(shuffled.mean()), "users": len(targets),
+            "share_better": float((matched < shuffled).float().mean())}

@@ -1,0 +1,201 @@
+"""One run from configuration to report: `karma-fast train` and `karma-fast demo` are this.
+
+Everything lands in the run's folder: config.yaml, log.jsonl, checkpoint-N/, metrics.json, examples.json,
+attention.json, model/ (weights, items, index) and report.html with report.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .commands.common import draw, table
+from .config import RunConfig
+from .data import DataError, check, load_dataset
+from .data.batches import KarmaCollator, request
+from .data.schema import Dataset
+from .evaluation import seen_before, target_ranks, top_k
+from .evaluation.attention import attention_map
+from .evaluation.baselines import baseline_rows
+from .evaluation.decoding import decoding_check
+from .evaluation.evaluate import encode_requests, evaluate_model, protocol
+from .evaluation.report import write_report
+from .evaluation.verdict import verdict
+from .model.karma import KarmaModel
+from .model.storage import versions, write_atomically
+from .retrieval import ItemIndex
+from .run_setup import Lines, banner, device_name, explain_memory, prepare_folder, training_arguments
+from .trainer import KarmaTrainer, last_checkpoint, peak_memory_bytes
+
+EXAMPLES, PRINTED = 8, 3  # test requests in examples.json, and of these on the terminal
+DECODED = 256  # test requests whose target's text is decoded with losses
+BASELINES = {"popularity": "popularity", "item-kNN": "item_knn", "title TF-IDF": "title_tfidf"}
+
+
+def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: bool = False, overwrite: bool = False,
+        test_users: int = 0, started: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains and evaluates what ``config`` describes.
+
+    Args:
+        folder: of the run. One that holds a run already is refused, unless ``resume`` (go on from its last complete
+            checkpoint) or ``overwrite``.
+        command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by the seed; 0: all.
+        started: `time.perf_counter()` at the start of what the recorded seconds count; default now.
+        say: where the lines for the reader go.
+
+    Returns what metrics.json holds. Raises ConfigError, DataError, FloatingPointError, MemoryError with what to do,
+    and KeyboardInterrupt if Ctrl-C stopped the training (its last step is saved then).
+    """
+    started = time.perf_counter() if started is None else started
+    folder, stages = Path(folder), {}
+    args = training_arguments(config, folder)
+    leader = args.process_index == 0  # under torchrun the others only train
+    say = say if leader else lambda text: None
+    if leader:
+        prepare_folder(folder, config, resume, overwrite)
+
+    with stage("data", stages):
+        data = checked_data(config, say)
+        if config.model.positions == "all":
+            KarmaCollator(config.model, None, data.sequences, None)  # refuses queries before any model is loaded
+        positions = np.sort(draw(data.split.test, test_users, args.seed))
+        if not len(positions):
+            raise DataError("the data has no test target, so nothing could be measured; see `karma-fast check-data`")
+        shown = draw(positions, EXAMPLES, args.seed)
+    say(f"loading {config.model.backbone} and encoding {len(data.items):,} items")
+    with stage("model", stages):
+        model = KarmaModel.build(config.model, data.items, data.sequences, data.split, seed=args.seed,
+                                 device=args.device, progress=leader and not args.disable_tqdm)
+        trainer = KarmaTrainer(model, args, data, callbacks=[Lines()] if args.disable_tqdm else None)
+    say("\n" + banner(trainer, data, folder))
+    rows: dict[str, dict[str, float]] = {}
+    if leader:
+        say(f"ranking {len(positions):,} test requests before training")
+        with stage("baselines", stages):
+            rows |= {BASELINES[name]: row for name, row in baseline_rows(data, positions).items()}
+        with stage("untrained model", stages):
+            before = encode_requests(model, data, positions)
+            rows["karma_untrained"] = evaluate_model(model, data, positions, users=before)
+            labels, map_before = attention_of(model, data, shown[0])
+        say(f"  HR@10 {rows['karma_untrained']['HR@10']:.4f}; best of the baselines "
+            f"{max(rows[name]['HR@10'] for name in BASELINES.values()):.4f}\n")
+
+    with stage("training", stages):
+        if resume:
+            found = last_checkpoint(folder)
+            say(f"going on from {found}" if found else f"{folder} has no complete checkpoint: starting at step 0")
+        with explain_memory(args):
+            trainer.train(resume_from_checkpoint=resume)
+    if trainer.interrupted:
+        say(f"\nstopped at step {trainer.state.global_step}, which is saved in {folder}; the same command with "
+            "--resume goes on from there")
+        raise KeyboardInterrupt
+    if not leader:
+        return {}
+
+    say(f"ranking {len(positions):,} test requests after training")
+    with stage("evaluation", stages):
+        after = encode_requests(model, data, positions)
+        rows["karma"] = evaluate_model(model, data, positions, users=after)
+        drawn = np.searchsorted(positions, draw(positions, DECODED, args.seed))
+        decoding = decoding_check(model, after[drawn], data.sequences.items[positions[drawn]])
+        examples = examples_of(model, data, shown, after[np.searchsorted(positions, shown)])
+        _, map_after = attention_of(model, data, shown[0])
+    metrics = {"rows": rows, "protocol": protocol(data, positions, config.model.max_history),
+               "requests": len(positions), "seed": args.seed,
+               "steps": trainer.state.global_step, "command": command, "versions": versions(),
+               "device": device_name(args.device), "decoding": decoding}
+    with stage("saving", stages):
+        model.save_pretrained(folder / "model", {"data": data.name or config.data.interactions, **{
+            name: metrics[name] for name in ("protocol", "rows", "requests", "seed", "steps", "command", "device")}})
+        ItemIndex(model.encode_items()).save(folder / "model")
+    write_json(folder / "examples.json", examples)
+    write_json(folder / "attention.json", {
+        "labels": labels, "before": map_before.tolist(), "after": map_after.tolist(), "user": examples[0]["user"],
+        "note": "Before training the adapters change nothing, but the items' tokens come from untrained projections."})
+    metrics |= {"seconds": time.perf_counter() - started, "stage_seconds": stages,
+                "peak_rss_bytes": peak_memory_bytes(model.device)}
+    write_json(folder / "metrics.json", metrics)
+    html, markdown = write_report(folder)
+    say(summary(metrics, examples, len(data.items)))
+    say(f"report  {html}\n        {markdown}\nmodel   {folder / 'model'}")
+    return metrics
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Adds a part of the run to its list of times."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def checked_data(config: RunConfig, say: Callable[[str], None]) -> Dataset:
+    """The dataset; DataError after a full report if it cannot be trained on."""
+    report = check(config.data)
+    if not report.ok:
+        say(report.to_text())
+        raise DataError(f"{report.problems[0]}" + (f" ({len(report.problems) - 1} more above)"
+                                                   if len(report.problems) > 1 else ""))
+    for text in report.warnings:
+        say(f"data warning: {text}")
+    return load_dataset(config.data)
+
+
+def attention_of(model: KarmaModel, data: Dataset, position: int) -> tuple[list[str], np.ndarray]:
+    return attention_map(model, *request(data.sequences, position, model.config.max_history))
+
+
+def examples_of(model: KarmaModel, data: Dataset, positions: np.ndarray, u) -> list[dict[str, Any]]:
+    """What examples.json holds: requests with history, target, the five best items and the decoded embedding."""
+    items, sequences, vectors = data.items, data.sequences, model.encode_items()
+    targets, seen = sequences.items[positions].astype(np.int64), seen_before(sequences, positions)
+    scores, best = top_k(u, vectors, 5, seen=seen)
+    ranks = target_ranks(u, vectors, targets, seen=seen).expected
+    out = []
+    texts = [None] * len(u) if model.decode_projection is None else model.decode(u)
+    for n, (position, text) in enumerate(zip(positions, texts, strict=True)):
+        history, query = request(sequences, position, model.config.max_history)
+        out.append({"user": str(sequences.user_ids[sequences.user_of(position)]), "query": query,
+                    "history": [name_of_item(items, i) for i in history],
+                    "target": items.texts[targets[n]] or name_of_item(items, targets[n]),
+                    "target_rank": int(ranks[n]) + 1,
+                    "top": [{"title": name_of_item(items, i), "score": float(score)}
+                            for i, score in zip(best[n], scores[n], strict=True) if i >= 0],
+                    "decoded": text})
+    return out
+
+
+def name_of_item(items, index: int) -> str:
+    return items.titles[index] or str(items.ids[index])
+
+
+def summary(metrics: dict[str, Any], examples: list[dict[str, Any]], num_items: int) -> str:
+    """The end of a run for the terminal: table, protocol, who wins, some users."""
+    lines = ["", table(metrics["rows"]), "", metrics["protocol"], "", *verdict(metrics["rows"], metrics["requests"])]
+    if metrics["decoding"]:
+        found = metrics["decoding"]
+        lines.append(f"Decoding: a held-out target's text costs {found['matched_loss']:.3f} nats a token given its "
+                     f"user's embedding, {found['shuffled_loss']:.3f} given another user's; the own one is better for "
+                     f"{found['share_better']:.0%} of {found['users']} (50% is chance).")
+    for example in examples[:PRINTED]:
+        lines += ["", f"user {example['user']}: ... {' > '.join(example['history'][-4:])}"]
+        if example["query"]:
+            lines.append(f"  searches     {example['query']}")
+        lines += [f"  recommended  {'; '.join(entry['title'] for entry in example['top'])}"]
+        if example["decoded"] is not None:
+            lines.append(f"  decoded      {example['decoded']!r}")
+        lines.append(f"  came next    {example['target']} (rank {example['target_rank']:,} of {num_items:,})")
+    minutes, seconds = divmod(round(metrics["seconds"]), 60)
+    return "\n".join([*lines, "", f"{minutes} min {seconds} s, peak memory {metrics['peak_rss_bytes'] / 1e9:.1f} GB"])
+

@@ -1,0 +1,164 @@
+"""What stands at the start of a run: training settings, the run's folder, the lines that say what will happen."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import shutil
+import sys
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from . import __version__
+from .commands.common import cpu_name
+from .config import ConfigError, RunConfig, convert, unknown_key
+from .data.schema import Dataset
+from .model.backbone import causal_lm, compute_dtype
+from .model.storage import write_atomically
+from .trainer import KarmaTrainer, KarmaTrainingArguments
+
+RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
+
+
+def training_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The training section with names and types checked against `KarmaTrainingArguments`.
+
+    >>> training_settings({"max_steps": "20", "eval_strategy": False, "learning_rate": "1e-4"})
+    {'max_steps': 20, 'eval_strategy': 'no', 'learning_rate': 0.0001}
+    >>> training_settings({"learnin_rate": 1})
+    Traceback (most recent call last):
+        ...
+    karma_fast.config.ConfigError: training.learnin_rate: no such setting; did you mean learning_rate?
+    """
+    names = {field.name for field in dataclasses.fields(KarmaTrainingArguments) if field.init}
+    hints, out = typing.get_type_hints(KarmaTrainingArguments), {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown_key("training", key, names)
+        kinds = {hints[key], *typing.get_args(hints[key])}
+        choices = any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds) or key.endswith("_strategy")
+        if choices and value is False:
+            value = "no"  # which is what YAML reads as false
+        out[key] = convert(f"training.{key}", value, str if choices else hints[key])
+        if key == "report_to" and out[key] is None:
+            out[key] = "none"
+    return out
+
+
+def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArguments:
+    """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
+    config.training = training_settings(config.training) | {"output_dir": str(folder)}
+    defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+                "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available()}
+    try:
+        return KarmaTrainingArguments(**(defaults | config.training))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """Makes the folder and writes config.yaml; ConfigError if it holds a run that must not be touched."""
+    import yaml
+
+    exists = (folder / "metrics.json").exists() or any(folder.glob("checkpoint-*"))
+    if exists and not (resume or overwrite):
+        raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, and "
+                          "--output_dir FOLDER writes elsewhere")
+    for name in ("interactions", "items"):  # so that the file can be used from any folder
+        path = getattr(config.data, name)
+        setattr(config.data, name, str(Path(path).resolve()) if path else "")
+    if exists and resume and (folder / "config.yaml").exists():
+        before, now = RunConfig.load(folder / "config.yaml").to_dict(), config.to_dict()
+        for section in ("data", "model"):
+            for key, value in now[section].items():
+                if before[section][key] != value:
+                    raise ConfigError(f"{section}.{key}: {folder} was started with {before[section][key]!r} and "
+                                      f"cannot go on with {value!r}; set it back, or start anew with --overwrite")
+    if exists and not resume:  # what the earlier run wrote, and nothing else
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+        for path in [folder / "model", folder / "runs", *folder.glob("checkpoint-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def explain_memory(args: KarmaTrainingArguments) -> Iterator[None]:
+    """Turns running out of memory into a MemoryError that says what to lower, and to what."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) \
+                and "can't allocate memory" not in str(error):
+            raise
+        size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        advice = (f"set training.per_device_train_batch_size to {size // 2} (now {size}) and "
+                  f"training.gradient_accumulation_steps to {steps * 2} (now {steps}; each query then sees half the "
+                  "negatives)" if size > 1 else "set model.max_history and model.max_text_tokens lower")
+        raise MemoryError(f"out of memory in training: {str(error).splitlines()[0]}; {advice}, or "
+                          "model.gradient_checkpointing to true") from error
+
+
+class Lines(TrainerCallback):
+    """The log as plain lines, for where no progress bar can be drawn."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            parts = " ".join(f"{n} {logs[n]:.3f}" for n in ("loss", "act", "gen", "rec", "vis") if n in logs)
+            print(f"step {state.global_step}/{state.max_steps}: {parts}, {logs['tokens_per_second']:.0f} tokens/s, "
+                  f"{logs['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
+        elif "eval_HR@10" in logs:
+            print(f"step {state.global_step}: validation HR@10 {logs['eval_HR@10']:.4f}, MRR {logs['eval_MRR']:.4f}",
+                  flush=True)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def millions(count: int) -> str:
+    """
+    >>> millions(134_515_008), millions(4_884_480), millions(98_304)
+    ('135 M', '4.9 M', '0.10 M')
+    """
+    value = count / 1e6
+    return f"{value:,.0f} M" if value >= 100 else f"{value:.1f} M" if value >= 1 else f"{value:.2f} M"
+
+
+def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
+    """What the run is about to do, in a few lines."""
+    args, model = trainer.args, trainer.model
+    config, split = model.config, data.split
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = causal_lm(model.backbone).num_parameters()  # counts packed 4-bit weights one by one
+    if config.tuning == "lora":
+        whole -= sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    windows = trainer.train_dataset
+    pairs = sum(end - start - 1 for start, end in windows) / len(windows) if config.positions == "all" else 1
+    # with several processes the embeddings of all of them are gathered
+    seen = max(0, round(pairs * min(args.train_batch_size, len(windows)) * args.world_size) - 1)
+    hard = "" if data.sequences.negatives is None else ", and its shown but unchosen items"
+    steps = args.max_steps if args.max_steps > 0 else round(
+        args.num_train_epochs * -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps))
+    return "\n".join([
+        f"karma_fast {__version__} on {device_name(args.device)}",
+        f"  data       {data.name or 'data'}: {len(data.sequences):,} users, {len(data.items):,} items, "
+        f"{len(data.sequences.items):,} events; {len(split.valid):,} validation and {len(split.test):,} test targets",
+        f"  model      {config.backbone} ({millions(whole)} parameters, {config.quantization}, {config.tuning}), "
+        f"{millions(trained)} trained, computing in {str(compute_dtype(args.device)).removeprefix('torch.')}",
+        f"  training   {steps:,} steps of {args.train_batch_size} of {len(windows):,} windows; each query sees about "
+        f"{seen:,} negatives{hard}",
+        f"  seed       {args.seed}",
+        f"  writes to  {folder}", ""])

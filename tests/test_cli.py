@@ -1,0 +1,313 @@
+"""The command line: exit codes, messages and files, with a tiny language model and tiny data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from karma_fast import __version__
+from karma_fast.cli import build_parser, explain, main, split_settings
+from karma_fast.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def karma(*words, folder, code=0, environment=()):
+    """Runs the real command in a process of its own; its (stdout, stderr)."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run([sys.executable, "-m", "karma_fast", *map(str, words)], cwd=folder, text=True, timeout=300,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": path} | dict(environment))
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tiny_backbone, tiny_dataset):
+    """A folder with shop.yaml, and runs/tiny trained from it by the command."""
+    folder = tmp_path_factory.mktemp("shop")
+    config = {"data": {k: getattr(tiny_dataset, k) for k in ("interactions", "items", "name")},
+              "model": {"backbone": str(tiny_backbone), "quantization": "none", "lora_rank": 4, "embedding_dim": 16,
+                        "max_history": 6, "max_text_tokens": 12, "id_dim": 8, "num_soft_tokens": 2},
+              "training": {"max_steps": 50, "per_device_train_batch_size": 4, "logging_steps": 1, "warmup_steps": 1,
+                           "use_cpu": True}}
+    (folder / "shop.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    out, _ = karma("train", "shop.yaml", "--max_steps", "3", "--save-steps=2", folder=folder,
+                   environment={"XDG_CACHE_HOME": str(folder / "cache")})
+    (folder / "out.txt").write_text(out, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def here(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shop / "cache"))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back what the command sets
+    return shop
+
+
+# ---- without any model ---------------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy():
+    code = ("import sys, karma_fast.cli as c; c.build_parser(); "
+            "print([m for m in ('torch', 'transformers', 'numpy', 'polars', 'yaml') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_commands_settings_and_exit_codes(tmp_path):
+    out, _ = karma("--help", folder=tmp_path)
+    commands = build_parser()[1]
+    assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "doctor"}
+    assert all(name in out for name in commands) and "130" in out
+    text = commands["train"].format_help()
+    assert "decode_weight=0.1" in text and "projection_learning_rate" in text and "user_column" in text
+    assert karma("--version", folder=tmp_path)[0].strip() == f"karma-fast {__version__}"
+
+
+def test_usage_errors(capsys):
+    assert main([]) == 2
+    for words in (["fly"], ["recommend", "runs/x"], ["recommend", "m", "--user", "1", "--history", "2"],
+                  ["recommend", "m", "--user", "1", "--k", "0"], ["evaluate", "m", "--modle", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+    assert "--modle" in capsys.readouterr().err
+
+
+def test_settings_are_told_from_options():
+    train = build_parser()[1]["train"]
+    words = ["train", "--max_steps", "3", "a.yaml", "--resume", "--learning-rate=-1e-4", "--bf16", "--test-users", "5"]
+    rest, settings = split_settings(words, train)
+    assert rest == ["train", "a.yaml", "--resume", "--test-users", "5"]
+    assert settings == {"max_steps": "3", "learning_rate": "-1e-4", "bf16": "true"}
+
+
+def test_messages_and_codes_of_errors():
+    assert explain(ConfigError("model.x: no")) == (2, "model.x: no")
+    assert explain(MemoryError("set it lower")) == (1, "set it lower")
+    assert explain(KeyError("no item has the id 'x'")) == (1, "no item has the id 'x'")
+    assert explain(KeyError("x"))[1] is None  # a fault of the program: shown as a traceback
+    assert explain(TypeError("unexpected"))[1] is None
+    assert explain(FileNotFoundError(2, "No such file", "a.csv"))[1].startswith("a.csv: no such file")
+    assert "faiss" in explain(ModuleNotFoundError("No module named 'faiss'", name="faiss"))[1]
+
+
+# ---- data and doctor -----------------------------------------------------------------------------------------------
+
+
+def test_check_data(tiny_dataset, tmp_path, capsys):
+    good = ["check-data", "--interactions", tiny_dataset.interactions, "--items", tiny_dataset.items]
+    assert main([*good, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["counts"]["items"] == 40 and report["counts"]["users"] == 30
+    bad = tmp_path / "bad.csv"
+    bad.write_text("user_id,item_id,timestamp\nu1,i1,1\nu1,i999,2\nu1,i2,x\n", encoding="utf-8")
+    assert main(["check-data", "--interactions", str(bad), "--items", tiny_dataset.items]) == 1
+    text = capsys.readouterr().out
+    assert "line 3" in text and "i999" in text and "line 4" in text
+    assert main(["check-data"]) == 2
+    assert main([*good, "--user_colum", "x"]) == 2
+    assert "did you mean user_column" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["packages"]["torch"] and found["cores"] >= 1
+    assert "smollm2-135m-instruct" in found["backbones"]
+
+
+def test_doctor_without_a_needed_package(capsys, monkeypatch):
+    from karma_fast.commands import doctor
+
+    monkeypatch.setattr(doctor, "version", lambda name: _missing(name) if name == "peft" else "1.0")
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert '-m pip install "peft' in text and "cannot start" in text
+
+
+def _missing(name):
+    from importlib.metadata import PackageNotFoundError
+
+    raise PackageNotFoundError(name)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_the_whole_run(shop):
+    run = shop / "runs" / "tiny"
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "karma_untrained", "karma"]
+    assert {"HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "MRR"} <= set(metrics["rows"]["karma"])
+    assert metrics["steps"] == 3 and metrics["requests"] == 30 and metrics["peak_rss_bytes"] > 1e8
+    assert "40 items" in metrics["protocol"] and "train shop.yaml --max_steps 3" in metrics["command"]
+    assert 0 < sum(metrics["stage_seconds"].values()) < metrics["seconds"]
+    decoding = metrics["decoding"]
+    assert decoding["users"] == 30 and 0 <= decoding["share_better"] <= 1 and decoding["matched_loss"] > 0
+    examples = json.loads((run / "examples.json").read_text(encoding="utf-8"))
+    assert all(len(e["top"]) == 5 and 1 <= e["target_rank"] <= 40 and isinstance(e["decoded"], str) for e in examples)
+    assert not any(entry["title"] in e["history"] for e in examples for entry in e["top"])
+    attention = json.loads((run / "attention.json").read_text(encoding="utf-8"))
+    for name in ("before", "after"):
+        weights = np.array(attention[name])
+        assert weights.shape == (len(attention["labels"]),) * 2 and np.allclose(weights.sum(axis=1), 1, atol=2e-2)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["training"]["max_steps"] == 3 and Path(config["data"]["items"]).is_absolute()
+    assert (run / "report.html").stat().st_size > 1000 and (run / "report.md").is_file()
+    assert list(run.rglob("events.out.tfevents*"))
+    out = (shop / "out.txt").read_text(encoding="utf-8")
+    assert "step 3/3" in out and "negatives" in out and "KARMA untrained" in out and "came next" in out
+
+
+def test_a_run_is_not_overwritten_and_can_go_on(here, capsys):
+    before = (here / "runs/tiny/metrics.json").read_text(encoding="utf-8")
+    assert main(["train", "shop.yaml", "--max_steps", "3"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (here / "runs/tiny/metrics.json").read_text(encoding="utf-8") == before
+    assert main(["train", "shop.yaml", "--resume", "--embedding_dim", "8"]) == 2
+    assert "model.embedding_dim" in capsys.readouterr().err
+
+
+def test_resume_after_a_kill_gives_the_same_model(here, capsys):
+    """A second run, cut back to its checkpoint at step 2, ends where the uninterrupted one did."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree("runs/tiny", "runs/again")
+    for name in ("model", "checkpoint-3"):
+        shutil.rmtree(f"runs/again/{name}")
+    Path("runs/again/metrics.json").unlink()
+    assert main(["train", "shop.yaml", "--max_steps", "3", "--save_steps", "2", "--output_dir", "runs/again",
+                 "--resume", "--test-users", "10"]) == 0
+    assert "going on from runs/again/checkpoint-2" in capsys.readouterr().out
+    one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("tiny", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert json.loads(Path("runs/again/metrics.json").read_text(encoding="utf-8"))["requests"] == 10
+
+
+def test_ctrl_c_saves_and_exits_with_130(shop):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+                                "XDG_CACHE_HOME": str(shop / "cache")}
+    words = ["train", "shop.yaml", "--output_dir", "runs/stopped", "--max_steps", "100000", "--save_steps", "100000"]
+    with subprocess.Popen([sys.executable, "-m", "karma_fast", *words], cwd=shop, text=True, env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        said = process.stdout.read()
+    assert process.returncode == 130, said
+    assert "--resume goes on from there" in said and "Traceback" not in said
+    assert list((shop / "runs" / "stopped").glob("checkpoint-*/complete"))
+
+
+def test_out_of_memory_says_what_to_lower():
+    from types import SimpleNamespace
+
+    from karma_fast.run_setup import explain_memory
+
+    args = SimpleNamespace(per_device_train_batch_size=32, gradient_accumulation_steps=1)
+    with pytest.raises(MemoryError, match="per_device_train_batch_size to 16 .*gradient_accumulation_steps to 2"), \
+            explain_memory(args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    with pytest.raises(RuntimeError, match="shape"), explain_memory(args):  # other errors stay as they are
+        raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--learnin_rate", "1e-4"], "training.learnin_rate: no such setting; did you mean learning_rate?"),
+    (["--max_steps", "many"], "training.max_steps: got 'many'"),
+    (["--model.positions", "first"], "model.positions: got 'first'; allowed: last, all"),
+    (["--lr_scheduler_type", "cosin"], "training:"),
+    (["--backbone", "/no/such/folder"], "model.backbone: '/no/such/folder' cannot be loaded"),
+])
+def test_wrong_settings_are_named(here, capsys, words, said):
+    assert main(["train", "shop.yaml", "--output_dir", "runs/wrong", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+
+
+def test_data_that_cannot_be_trained_on(here, capsys, tmp_path):
+    assert main(["train", "missing.yaml"]) == 2
+    few = tmp_path / "few.csv"
+    few.write_text("user_id,item_id,timestamp\nu1,i1,1\nu1,i2,2\n", encoding="utf-8")
+    assert main(["train", "shop.yaml", "--interactions", str(few), "--output_dir", str(tmp_path / "run")]) == 1
+    assert "min_user_events" in capsys.readouterr().err
+    assert main(["train", "shop.yaml", "--interactions", "none.csv", "--output_dir", str(tmp_path / "run")]) == 1
+    assert "none.csv: no such file" in capsys.readouterr().err
+
+
+def test_traceback_on_request(here, capsys):
+    assert main(["--traceback", "recommend", "nowhere", "--history", "i1"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "error: nowhere: no model there" in error
+
+
+# ---- using the model -----------------------------------------------------------------------------------------------
+
+
+def test_recommend_by_history_and_user(here, capsys):
+    assert main(["recommend", "runs/tiny", "--history", "red rocket, i1, Choir, Red", "--k", "3"]) == 1
+    assert "'Choir' fits 2 items" in capsys.readouterr().err
+    assert main(["recommend", "runs/tiny", "--history", "red rocket, i1, red choir", "--k", "37", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["history"] == ["Red Rocket", "Red Orbit", "Red Choir"]
+    assert len(listed["items"]) == 37 and not {"i0", "i1", "i32"} & {row["id"] for row in listed["items"]}
+    scores = [row["score"] for row in listed["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert main(["recommend", "runs/tiny/model", "--user", "u3", "--explain", "--query", "a spoon"]) == 0
+    assert "decoded interest:" in (text := capsys.readouterr().out) and "a spoon" in text
+    for words, said in ((["--user", "u99"], "no user has the id 'u99'"), (["--history", "Red Rokcet"], "Red Rocket")):
+        assert main(["recommend", "runs/tiny", *words]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_recommend_agrees_with_the_model(here, capsys):
+    from karma_fast import KarmaModel
+
+    assert main(["recommend", "runs/tiny", "--history", "i5,i6", "--k", "1", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["items"][0]
+    model = KarmaModel.from_pretrained("runs/tiny/model")
+    scores = (model.encode_users([[5, 6]]) @ model.encode_items().T)[0]
+    scores[[5, 6]] = -9
+    assert model.items.ids[int(scores.argmax())] == row["id"] and abs(float(scores.max()) - row["score"]) < 1e-3
+
+
+def test_evaluate(here, capsys):
+    assert main(["evaluate", "runs/tiny", "--json", "--baselines"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    recorded = json.loads(Path("runs/tiny/metrics.json").read_text(encoding="utf-8"))
+    assert found["protocol"] == recorded["protocol"]
+    for name in ("popularity", "item_knn", "title_tfidf", "karma"):
+        assert found["rows"][name]["HR@10"] == pytest.approx(recorded["rows"][name]["HR@10"], abs=0.04)
+    assert main(["evaluate", "runs/none"]) == 1
+    assert "no model there" in capsys.readouterr().err
+
+
+def test_embed(here, capsys, tmp_path):
+    import polars as pl
+
+    items, users = tmp_path / "items.parquet", tmp_path / "users.npy"
+    assert main(["embed", "runs/tiny", "--items", str(items), "--users", str(users)]) == 0
+    frame = pl.read_parquet(items)
+    assert frame.columns == ["id", "embedding"] and frame.height == 40 and frame["id"][3] == "i3"
+    assert frame.schema["embedding"] == pl.List(pl.Float32)
+    assert np.allclose(np.linalg.norm(np.array(frame["embedding"].to_list()), axis=1), 1, atol=1e-5)
+    vectors = np.load(users)
+    assert vectors.shape == (30, 16) and vectors.dtype == np.float32
+    assert (tmp_path / "users.ids.txt").read_text(encoding="utf-8").split()[0] == "u0"
+    assert main(["embed", "runs/tiny"]) == 2
+    assert main(["embed", "runs/tiny", "--items", "items.csv"]) == 2

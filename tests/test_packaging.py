@@ -1,0 +1,123 @@
+"""The packaging files agree with each other and with the code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import karma_fast
+from karma_fast.commands.doctor import NEEDED, OPTIONAL, OPTIONAL_ON_GPU
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def requirements(name: str) -> list[str]:
+    """A list of strings of pyproject.toml. (tomllib came with Python 3.11.)"""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return ast.literal_eval(re.search(rf"^{name} = (\[.*?\])$", text, re.M | re.S)[1])
+
+
+def names(requirement: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", entry)[0] for entry in requirement}
+
+
+def test_doctor_knows_what_pyproject_asks_for():
+    asked = {re.match(r"[\w-]+", spec)[0]: spec for spec, _ in [*NEEDED.values(), *OPTIONAL.values()]}
+    wanted = requirements("dependencies") + requirements("train") + requirements("cpu")
+    assert set(asked) == names(wanted)
+    for entry in wanted:  # the same bounds, too
+        entry = entry.partition(";")[0]
+        assert asked[re.match(r"[\w-]+", entry)[0]] == entry
+    assert names(requirements("gpu")) - {"bitsandbytes"} <= set(OPTIONAL_ON_GPU)
+
+
+def test_base_dependencies_are_few():
+    assert names(requirements("dependencies")) == {"torch", "numpy", "triton"}
+
+
+@pytest.mark.parametrize("module, allowed", [
+    ("karma_fast", set()), ("karma_kernels", {"torch"}), ("karma_fast.losses", {"torch"}),
+    ("karma_fast.evaluation", {"torch"}),
+])
+def test_imports_stay_light(module, allowed):
+    """The base install holds torch alone, so no more may be loaded, and nothing at all by the bare package."""
+    heavy = {"torch", "transformers", "peft", "faiss", "polars", "scipy", "matplotlib", "yaml", "bitsandbytes"}
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
+                          env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""})
+    assert set(done.stdout.split()) <= allowed
+
+
+def test_kernels_do_not_import_the_engine():
+    for path in (ROOT / "kernels" / "karma_kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) karma_fast", path.read_text(encoding="utf-8"), re.M), path
+    # as a package it would shadow the one that other libraries look for
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_public_name_loads():
+    for name in karma_fast.__all__:
+        assert getattr(karma_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'KarmaModle'"):
+        karma_fast.KarmaModle  # noqa: B018
+
+
+def test_the_demo_is_packaged_and_valid():
+    from karma_fast.commands.common import load_config
+    from karma_fast.run_setup import training_settings
+
+    config = load_config(str(Path(karma_fast.__file__).parent / "demo.yaml"), {"seed": "7"})
+    assert config.data.name == "ml-100k" and config.data.seed == 0
+    assert training_settings(config.training)["seed"] == 7
+    assert 'karma_fast = ["*.yaml"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_make_setup_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1"\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for python, said in ((old, "Python 3.10 or later is needed"), ("no-such-python", "no-such-python was not found")):
+        done = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, text=True, capture_output=True)
+        assert done.returncode != 0 and said in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+BENCHMARK = """
+def test_fast(benchmark):
+    assert benchmark(lambda: 1) == 1
+"""
+GPU = """
+import pytest
+import torch
+
+@pytest.mark.gpu
+def test_device():
+    assert torch.cuda.is_available()
+"""
+
+
+@pytest.mark.parametrize("words, counts", [
+    ([], "1 {gpu}"), (["--benchmark"], "1 passed"), (["benchmarks"], "1 skipped"),
+    (["--benchmark", "benchmarks/bench_one.py"], "1 passed"),
+])
+def test_which_tests_run(tmp_path, words, counts):
+    import torch
+
+    for name in ("conftest.py", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for name, text in (("benchmarks/bench_one.py", BENCHMARK), ("tests/test_gpu.py", GPU), ("karma_fast/a.py", ""),
+                       ("kernels/karma_kernels/b.py", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *words], cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert counts.format(gpu="passed" if torch.cuda.is_available() else "skipped") in last
+    if "skipped" in last:
+        assert "CUDA" in done.stdout or "pytest --benchmark" in done.stdout

@@ -37,9 +37,9 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
     """Checks ``value`` against a type annotation; text is parsed, so flags and YAML behave alike."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            if type(None) in args:
-                return None
+        absent = value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
+        if absent and type(None) in args:
+            return None
         rest = [a for a in args if a is not type(None)]
         for candidate in rest:
             try:
@@ -73,8 +73,8 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
         if annotation is int and number != int(number):
             raise ConfigError(f"{name}: got {value!r}; a whole number is needed")
         # int(str) keeps large whole numbers exact, which a detour over float would not
-        return int(value) if annotation is int and isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() \
-            else annotation(number)
+        exact = annotation is int and isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit()
+        return int(value) if exact else annotation(number)
     if annotation is str:
         if isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
             return str(value)
@@ -141,6 +141,7 @@ class KarmaConfig(Section):
     gen_weight: float = 1.0
     rec_weight: float = 1.0  # alpha
     vis_weight: float = 1.0  # beta
+    decoder_warmup_steps: int = 0  # of 64 items each before training: P_rec alone learns item embedding -> item text
     decode_positions: int = 1  # pairs per window that L_rec and L_vis look at with positions="all"
     decode_share: float = 1.0  # of the windows, those that L_gen, L_rec and L_vis look at; drawn once by seed
     init_scale: float = 1 / 0.07
@@ -152,12 +153,15 @@ class KarmaConfig(Section):
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "max_history", "max_text_tokens", "num_soft_tokens", "lora_rank"):
             require(getattr(self, name) >= 1, f"model.{name}: got {getattr(self, name)}; at least 1 is needed")
-        for name in ("act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight", "id_dim"):
+        for name in ("act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight", "id_dim",
+                     "decoder_warmup_steps"):
             require(getattr(self, name) >= 0, f"model.{name}: got {getattr(self, name)}; 0 or more is needed")
         require(self.act_weight > 0 or (self.decode_weight > 0 and max(self.gen_weight, self.rec_weight,
                 self.vis_weight) > 0), "model: every loss weight is 0; set at least one above 0")
-        require(0 < self.decode_share <= 1, f"model.decode_share: got {self.decode_share}; above 0 and at most 1 is needed")
-        require(self.decode_positions >= 1, f"model.decode_positions: got {self.decode_positions}; at least 1 is needed")
+        require(0 < self.decode_share <= 1,
+                f"model.decode_share: got {self.decode_share}; above 0 and at most 1 is needed")
+        require(self.decode_positions >= 1,
+                f"model.decode_positions: got {self.decode_positions}; at least 1 is needed")
         require(0 < self.init_scale <= self.max_scale,
                 f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
         require(not (self.tuning == "full" and self.quantization != "none"),
@@ -220,8 +224,8 @@ class RunConfig:
         for key, part in values.items():
             if not isinstance(part, dict):
                 raise ConfigError(f"config.{key}: got {part!r}; a section with settings is needed")
-        return cls(data=DataConfig.from_dict(values.get("data", {})), model=KarmaConfig.from_dict(values.get("model", {})),
-                   training=dict(values.get("training", {})))
+        return cls(data=DataConfig.from_dict(values.get("data", {})),
+                   model=KarmaConfig.from_dict(values.get("model", {})), training=dict(values.get("training", {})))
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: dict[str, str] | None = None) -> RunConfig:

@@ -169,7 +169,7 @@ class KarmaTrainer(Trainer):
         if self.optimizer is None:
             backbone = {id(p) for p in self.model.backbone.parameters()}
             groups = defaultdict(list)
-            for name, p in self.model.named_parameters():
+            for p in self.model.parameters():
                 if p.requires_grad:
                     # scales, gains and learned vectors are not pulled to 0
                     groups[id(p) in backbone, p.ndim > 1].append(p)
@@ -200,8 +200,8 @@ class KarmaTrainer(Trainer):
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"L_{name} is {value} within the last {batches} batches up to step {self.state.global_step}; "
-                        "lower training.learning_rate and training.projection_learning_rate, or look for bad vectors with "
-                        "`karma-fast check-data`")
+                        "lower training.learning_rate and training.projection_learning_rate, or look for bad vectors "
+                        "with `karma-fast check-data`")
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

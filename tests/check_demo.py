@@ -43,7 +43,8 @@ def test_files_are_there(metrics):
                  "log.jsonl", "examples.json", "config.yaml"):
         assert (RUN / name).stat().st_size > 0, name
     assert len(json.loads((RUN / "examples.json").read_text())) >= 3
-    assert "http" not in re.sub(r"https?://(www\.w3\.org|doi\.org|arxiv\.org)\S*", "", (RUN / "report.html").read_text())
+    report = (RUN / "report.html").read_text()
+    assert "http" not in re.sub(r"https?://(www\.w3\.org|doi\.org|arxiv\.org)\S*", "", report)
 
 
 def test_readme_examples_run():
@@ -57,8 +58,9 @@ def test_readme_examples_run():
 
 
 def test_recommend_from_the_command_line():
-    done = subprocess.run([sys.executable, "-m", "karma_fast", "recommend", str(RUN), "--history", "Toy Story, Aladdin",
-                           "--explain", "--json", "--k", "5"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "karma_fast", "recommend", str(RUN), "--history",
+                           "Toy Story, Aladdin", "--explain", "--json", "--k", "5"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found["items"]) == 5 and found["interest"]

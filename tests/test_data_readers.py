@@ -30,13 +30,15 @@ def write_rows(folder, suffix):
         write(items, "\n\n".join(json.dumps(dict(zip(("id", "title", "colour"), row, strict=True))) for row in ITEMS))
     elif suffix == ".inter":
         items = folder / "clicks.item"
-        write(inter, "user_id:token\titem_id:token\ttimestamp:float\n" + "".join("\t".join(map(str, r)) + "\n" for r in ROWS))
+        write(inter, "user_id:token\titem_id:token\ttimestamp:float\n"
+              + "".join("\t".join(map(str, r)) + "\n" for r in ROWS))
         write(items, "item_id:token\ttitle:token_seq\tcolour:token\n"
               + "".join("\t".join(cell or "" for cell in r) + "\n" for r in ITEMS))
     else:
         sep = "," if suffix == ".csv" else "\t"
         write(inter, "User-ID,iid,time\r\n".replace(",", sep) + "".join(sep.join(map(str, r)) + "\r\n" for r in ROWS))
-        write(items, "item,title,colour\n".replace(",", sep) + "".join(sep.join(c or "" for c in r) + "\n" for r in ITEMS))
+        write(items, "item,title,colour\n".replace(",", sep)
+              + "".join(sep.join(c or "" for c in r) + "\n" for r in ITEMS))
     return str(inter), str(items)
 
 
@@ -61,7 +63,8 @@ BAD = [
     ("a.csv", "user,item,time\nu,a,1\nu,b,soon\nu,c,later\n", "a.csv, line 3, column time: got 'soon'.*2 such rows"),
     ("a.csv", "user,item,time\nu,a,1.5\nu,b,inf\n", "a.csv, line 3, column time: got 'inf', a finite number"),
     ("a.csv", "user,item,time\nu,a,1.5\nu,b,\n", "a.csv, line 3, column time: blank"),
-    ("a.csv", "user,item,time,click\nu,a,1,1\nu,b,2,maybe\n", "line 3, column click: got 'maybe', 0, 1, true or false"),
+    ("a.csv", "user,item,time,click\nu,a,1,1\nu,b,2,maybe\n",
+     "line 3, column click: got 'maybe', 0, 1, true or false"),
     ("a.csv", "user,item,time\nu,a,1\nu,b\n", "a.csv, line 3: 2 cells, the header has 3"),
     ("a.csv", "user,item,time\nu,a,1\n\nu,b,2,9\n", "a.csv, line 4: 4 cells, the header has 3"),
     ("a.csv", 'user,item,time\nu,"a\nb",1\nu,b\n', "a.csv, line 4: 2 cells, the header has 3"),
@@ -73,12 +76,14 @@ BAD = [
     ("a.csv", "", "a.csv: the file is empty"),
     ("a.csv", "user,item,time\n", "a.csv: no rows below the header"),
     ("a.csv", "user,thing,time\nu,a,1\n", r"a.csv: no item column \(found: user, thing, time\); set data.item_column"),
-    ("a.csv", "user,uid,item,time\nu,u,a,1\n", "columns user and uid could both be the user column; set data.user_column"),
+    ("a.csv", "user,uid,item,time\nu,u,a,1\n",
+     "columns user and uid could both be the user column; set data.user_column"),
     ("a.csv", "user;item;time\nu;a;1\n", "line 1: the columns seem to be separated by ';'"),
     ("a.csv", "user,item,item,time\nu,a,b,1\n", "line 1, column item: the header names it twice"),
     ("a.tsv", "user\titem\ttime\nu\ta\t1\nu\ta\n", "a.tsv, line 3: 2 cells"),
     ("a.inter", "user_id\titem_id:token\nu\ta\n", "line 1, column user_id: needs a type, as in"),
-    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"item":\n', "a.jsonl, line 4: .*each line must be one JSON"),
+    ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"item":\n',
+     "a.jsonl, line 4: .*each line must be one JSON"),
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n[1]\n', "a.jsonl, line 2: list, not an object"),
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"ts":3}\n', "a.jsonl, line 4, column item: blank"),
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n{"user":1,"item":2,"ts":NaN}\n', "a.jsonl, line 2: NaN is not JSON"),
@@ -198,7 +203,8 @@ def test_without_times_the_order_of_the_file_counts(tmp_path):
 
 def test_ids_are_text_whatever_their_type(tmp_path):
     clicks = tmp_path / "c.parquet"
-    pl.DataFrame({"user_id": [1.0, 1.0, 1.0], "item_id": [7, 8, 7], "timestamp": [1.5, 2.5, 3.5]}).write_parquet(clicks)
+    frame = pl.DataFrame({"user_id": [1.0, 1.0, 1.0], "item_id": [7, 8, 7], "timestamp": [1.5, 2.5, 3.5]})
+    frame.write_parquet(clicks)
     items = write(tmp_path / "i.csv", "item_id,title\n7,A\n8,B\n")
     data = load_dataset(DataConfig(interactions=str(clicks), items=items))
     assert data.sequences.user_ids.tolist() == ["1"] and data.sequences.items.tolist() == [0, 1, 0]

@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from karma_fast.data import DataError, build_sequences, split_by_time, split_leave_one_out, training_windows
 
 USERS, ITEMS = 3, 6
-rows_of_clicks = st.lists(st.tuples(st.integers(0, USERS - 1), st.integers(0, ITEMS - 1), st.integers(0, 8), st.booleans()),
+rows_of_clicks = st.lists(st.tuples(st.integers(0, USERS - 1), st.integers(0, ITEMS - 1), st.integers(0, 8),
+                                    st.booleans()),
                           min_size=1, max_size=60)
 
 
 def build(rows, timed=True, min_user_events=1, seed=0):
     users, items, times, clicked = (np.array(column) for column in zip(*rows, strict=True))
     names = np.array([f"user {u}" for u in range(USERS)], dtype=object)
-    return build_sequences(names, users, items, times if timed else None, clicked, min_user_events=min_user_events, seed=seed)
+    return build_sequences(names, users, items, times if timed else None, clicked,
+                           min_user_events=min_user_events, seed=seed)
 
 
 def naive(rows, min_user_events):
@@ -51,7 +53,8 @@ def test_sequences_match_a_naive_build(rows, min_user_events, seed):
             part = sequences.negatives[sequences.negatives_indptr[event]:sequences.negatives_indptr[event + 1]]
             allowed = {i for t, i in shown if before < t <= now} - {int(sequences.items[event])}
             assert set(part.tolist()) == allowed
-            negatives, used, before = negatives + len(part), used + len([1 for t, _ in shown if before < t <= now]), now
+            used += len([1 for t, _ in shown if before < t <= now])
+            negatives, before = negatives + len(part), now
         assert len([1 for t, _ in shown if t > before]) <= counts.trailing_exposures
     if sequences.negatives is not None:
         assert negatives == len(sequences.negatives) == used - counts.own_exposures
@@ -60,7 +63,7 @@ def test_sequences_match_a_naive_build(rows, min_user_events, seed):
 
 
 def test_exposures_become_negatives_of_the_next_click():
-    rows = [(0, 1, 0, True), (0, 2, 3, False), (0, 3, 3, True),  # shown and clicked at one time: attached to that click
+    rows = [(0, 1, 0, True), (0, 2, 3, False), (0, 3, 3, True),  # shown and clicked at one time: goes to that click
             (0, 4, 4, False), (0, 5, 5, False), (0, 4, 6, True),  # item 4 was clicked in the end: no negative
             (0, 2, 7, False), (1, 3, 1, True), (1, 5, 9, False)]  # no click of user 0, 1 follows
     sequences, counts = build(rows)
@@ -113,8 +116,8 @@ def test_equal_times_do_not_leak_the_item_id():
 
 
 @settings(deadline=None, max_examples=150)
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), cut=st.integers(0, 4), max_history=st.integers(1, 12),
-       min_history=st.integers(1, 3))
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), cut=st.integers(0, 4),
+       max_history=st.integers(1, 12), min_history=st.integers(1, 3))
 def test_windows(lengths, cut, max_history, min_history):
     min_history = min(min_history, max_history)
     user = np.repeat(np.arange(len(lengths)), lengths)

@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from karma_kernels import info_nce
-from karma_kernels.info_nce.reference import info_nce_rows
 from torch.nn import functional as F
 
 from karma_fast.losses.info_nce import InfoNCELoss
+from karma_kernels import info_nce
+from karma_kernels.info_nce.reference import info_nce_rows
 
 FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
 

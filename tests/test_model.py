@@ -67,7 +67,8 @@ def test_each_loss_reaches_exactly_its_parameters(tiny_config, tiny_data, tmp_pa
     model = build(tiny_config, tiny_data, tmp_path, with_images(tiny_data.items), gradient_checkpointing=checkpointing)
     model.train()
     output = model(batch_of(model, tiny_data))
-    base = {"lora": True, "P_in": True, "W_o": True, "W_e": False, "P_rec": False, "g": False, "emb": True, "scale": False}
+    base = {"lora": True, "P_in": True, "W_o": True, "W_e": False, "P_rec": False, "g": False, "emb": True,
+            "scale": False}
     expected = {"act": base | {"W_e": True, "scale": True},
                 "gen": base | {"W_o": False},
                 "rec": base | {"P_rec": True},
@@ -84,7 +85,7 @@ def plain_rec(model: KarmaModel, u, batch):
     decoder = copy.deepcopy(causal_lm(model.backbone))
     for module in decoder.modules():
         if hasattr(module, "base_layer"):
-            module.scaling = {k: 0.0 for k in module.scaling}
+            module.scaling = dict.fromkeys(module.scaling, 0.0)
     soft = model.decode_projection(u)
     y = decoder.get_input_embeddings()(batch.text_ids)
     hidden = decoder.base_model(inputs_embeds=torch.cat([soft.to(y.dtype), y], 1)).last_hidden_state
@@ -113,8 +114,8 @@ def test_rec_and_all_gradients_equal_the_plain_step(tiny_config, tiny_data, tmp_
     u = plain.interest(hidden[batch.pair_rows, batch.pair_columns])
     act = plain.loss.contrastive(u, plain.item_embeddings(batch.keys), None, None, batch.keys, batch.log_q)
     logits = plain.backbone.get_base_model().lm_head(hidden[batch.gen_rows, batch.gen_columns])
-    gen = sum(torch.nn.functional.cross_entropy(logits[batch.gen_rows == r].float(), batch.gen_labels[batch.gen_rows == r])
-              for r in range(4)) / 4
+    of_row = [batch.gen_rows == row for row in range(4)]
+    gen = sum(torch.nn.functional.cross_entropy(logits[of].float(), batch.gen_labels[of]) for of in of_row) / 4
     rec = plain_rec(plain, u[batch.decode_pairs], batch)
     torch.testing.assert_close(output.parts.rec, rec, rtol=1e-5, atol=1e-6)
     (act + gen + rec).backward()
@@ -379,7 +380,7 @@ def test_4bit_gradients_equal_those_of_the_dequantised_model(tiny_config, tiny_d
     for name, module in model.backbone.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            (layers[name].base_layer if hasattr(layers[name], "base_layer") else layers[name]).weight.data.copy_(weight)
+            getattr(layers[name], "base_layer", layers[name]).weight.data.copy_(weight)
             count += 1
     assert count == 14
     theirs = gradients(plain, batch)

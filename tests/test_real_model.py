@@ -72,11 +72,12 @@ def test_the_converted_folder_is_used_again(model, monkeypatch):
 def test_a_step_on_the_gpu_gives_the_loss_of_the_cpu(model, tiny_data, tmp_path, quantization):
     config = dataclasses.replace(model.config, quantization=quantization)
     starts, ends = training_windows(tiny_data.sequences, tiny_data.split, 6, "all")
-    losses = {}
+    losses, weights = {}, None
     for device in ("cpu", "cuda"):
-        m = KarmaModel.build(config, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path, device=device)
-        if device == "cuda":  # one starting point, as each device fits its own by regression
-            m.load_state_dict({n: v for n, v in weights.items()}, strict=False)
+        m = KarmaModel.build(config, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device=device)
+        if weights is not None:  # one starting point, as each device fits its own by regression
+            m.load_state_dict(weights, strict=False)
         weights = {n: v for n, v in m.state_dict().items() if n in m.trained_names()}
         batch = m.collator(tiny_data.sequences)([(int(starts[w]), int(ends[w])) for w in range(4)]).to(device)
         output = m.train()(batch)

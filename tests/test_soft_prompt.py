@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from karma_kernels import insert_soft_tokens, soft_prompt
-from karma_kernels.soft_prompt.reference import insert_rows
 from torch import nn
 from torch.nn import functional as F
 
 from karma_fast.model.soft_prompt import SoftPromptProjection
+from karma_kernels import insert_soft_tokens, soft_prompt
+from karma_kernels.soft_prompt.reference import insert_rows
 
 
 def weights(width=3, mid=5, hidden=4, num_tokens=2, dtype=torch.float64, seed=0):

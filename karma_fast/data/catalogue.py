@@ -36,8 +36,8 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
     vectors = {"data.image_column": config.image_column, "data.id_vector_column": config.id_vector_column}
     for option, name in vectors.items():
         if name is not None and not name.endswith(".npy") and name not in table.columns:
-            raise DataError(f"{table.path}: no column {name!r} (found: {', '.join(table.columns)}); set {option} to one "
-                            "of them or to the path of a .npy file")
+            raise DataError(f"{table.path}: no column {name!r} (found: {', '.join(table.columns)}); set {option} to "
+                            "one of them or to the path of a .npy file")
     frame = collect(table, table.frame.with_columns(id_text(id_column, schema[id_column])))
     if frame.is_empty():
         raise DataError(f"{table.path}: no rows below the header; give a file with items as data.items")
@@ -46,8 +46,8 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
     ids = frame[id_column]
     if ids.null_count():
         row = frame[ROW].filter(ids.is_null())[0]
-        problems.append(DataError(f"{table.place(row, id_column)}: blank, an id is needed; fill it in or remove the row"
-                                  f"{table.rows_note(ids.null_count())}"))
+        problems.append(DataError(f"{table.place(row, id_column)}: blank, an id is needed; fill it in or remove the "
+                                  f"row{table.rows_note(ids.null_count())}"))
     twice = frame.filter(ids.is_not_null() & ~ids.is_first_distinct())
     if twice.height:
         name, row = twice[id_column][0], twice[ROW][0]
@@ -67,7 +67,8 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
                   image_vectors=images, id_vectors=id_vectors)
     if problems and (ids.null_count() or twice.height):  # so that `check` can go on
         keep = np.flatnonzero((ids.is_not_null() & ids.is_first_distinct()).to_numpy())
-        items = Items(ids=items.ids[keep], texts=[items.texts[k] for k in keep], titles=[items.titles[k] for k in keep],
+        items = Items(ids=items.ids[keep], texts=[items.texts[k] for k in keep],
+                      titles=[items.titles[k] for k in keep],
                       image_vectors=None if images is None else images[keep],
                       id_vectors=None if id_vectors is None else id_vectors[keep])
     return items, table
@@ -128,8 +129,8 @@ def _vectors(table: Table, frame: pl.DataFrame, option: str, name: str | None,
     absent = np.isnan(vectors).all(axis=1)
     bad = np.flatnonzero(~finite.all(axis=1) & ~absent)
     if len(bad):
-        problems.append(DataError(f"{where(int(bad[0]))}: the vector holds a value that is not finite; put it right, or "
-                                  f"leave the whole vector out{table.rows_note(len(bad))}"))
+        problems.append(DataError(f"{where(int(bad[0]))}: the vector holds a value that is not finite; put it right, "
+                                  f"or leave the whole vector out{table.rows_note(len(bad))}"))
         return None
     if absent.all():
         problems.append(DataError(f"{table.path}, column {name}: no item has a vector; unset {option}"))
@@ -144,8 +145,8 @@ def _load_npy(path: Path, option: str, rows: int, problems: list[DataError]) -> 
         problems.append(DataError(f"{path}: cannot be read ({error}); set {option} to a file written by numpy.save"))
         return None
     if vectors.ndim != 2 or len(vectors) != rows or vectors.dtype.kind not in "fiu":
-        problems.append(DataError(f"{path}: shape {vectors.shape} of {vectors.dtype}; numbers of shape ({rows}, width) "
-                                  "are needed, a row for each item in the order of the item file"))
+        problems.append(DataError(f"{path}: shape {vectors.shape} of {vectors.dtype}; numbers of shape ({rows}, "
+                                  "width) are needed, a row for each item in the order of the item file"))
         return None
     return vectors.astype(np.float32)
 
@@ -167,8 +168,8 @@ def _list_column(table: Table, frame: pl.DataFrame, option: str, name: str,
     wrong = np.flatnonzero((sizes != width) & (sizes > 0))
     if len(wrong):
         row = int(wrong[0])
-        problems.append(DataError(f"{table.place(frame[ROW][row], name)}: {sizes[row]} numbers, the vectors before have "
-                                  f"{width}; all need the same width{table.rows_note(len(wrong))}"))
+        problems.append(DataError(f"{table.place(frame[ROW][row], name)}: {sizes[row]} numbers, the vectors before "
+                                  f"have {width}; all need the same width{table.rows_note(len(wrong))}"))
         return None
     vectors = np.full((frame.height, width), np.nan, dtype=np.float32)
     flat = column.filter(pl.Series(sizes > 0)).explode().cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy()

@@ -107,7 +107,8 @@ def _count(loaded: Loaded, report: Report) -> None:
             report.counts[f"width of {name} vectors"] = vectors.shape[1]
     if len(sequences):
         lengths = np.quantile(np.diff(sequences.indptr), [0, 0.25, 0.5, 0.75, 0.95, 1], method="nearest")
-        report.counts["clicks per user"] = "min {}, 25% {}, median {}, 75% {}, 95% {}, max {}".format(*map(int, lengths))
+        report.counts["clicks per user"] = (
+            "min {}, 25% {}, median {}, 75% {}, 95% {}, max {}".format(*map(int, lengths)))
     if split is not None:
         first = sequences.indptr[:-1]
         report.counts |= {"training events": int((split.train_end - first).sum()),
@@ -122,15 +123,15 @@ def _warn(loaded: Loaded, config: DataConfig, report: Report) -> None:
         report.warnings.append(f"{config.items}: no item has a text, so the text losses cannot be trained; name the "
                                "columns with text in data.text_columns")
     elif config.items and without:
-        report.warnings.append(f"{without} items have no text, {items.ids[items.texts.index('')]!r} first; fill in the "
-                               "item table, or expect weak results for them")
+        report.warnings.append(f"{without} items have no text, {items.ids[items.texts.index('')]!r} first; fill in "
+                               "the item table, or expect weak results for them")
     if max(map(len, items.texts), default=0) > 2000:
         place = int(np.argmax([len(text) for text in items.texts]))
-        report.warnings.append(f"the text of item {items.ids[place]!r} has {len(items.texts[place])} characters; only its "
-                               "beginning is used, so put what matters first in data.text_columns")
+        report.warnings.append(f"the text of item {items.ids[place]!r} has {len(items.texts[place])} characters; only "
+                               "its beginning is used, so put what matters first in data.text_columns")
     if loaded.counts.tied_neighbours > 0.2:
-        report.warnings.append(f"{loaded.counts.tied_neighbours:.0%} of a user's neighbouring events have equal times; "
-                               "their true order is not known and a seeded shuffle stands in (data.seed)")
+        report.warnings.append(f"{loaded.counts.tied_neighbours:.0%} of a user's neighbouring events have equal "
+                               "times; their true order is not known and a seeded shuffle stands in (data.seed)")
     if split is None:
         return
     for name, targets in (("validation", split.valid), ("test", split.test)):

@@ -137,6 +137,7 @@ def _unknown_items(config: DataConfig, data: Interactions, outside: np.ndarray) 
     ids = data.frame["item"].gather(outside).cast(pl.String)
     first = ids.is_first_distinct().arg_true()[:3]
     others = ", ".join(f"{ids[k]!r} ({data.table.place(lines[k]).rpartition(', ')[2]})" for k in first[1:])
-    return DataError(f"{data.table.place(lines[0], data.columns['item'])}: item {ids[0]!r} is not in {config.items}; add "
-                     f"it there, or remove its rows ({len(outside)} rows name {ids.n_unique()} items that are not there"
+    return DataError(f"{data.table.place(lines[0], data.columns['item'])}: item {ids[0]!r} is not in {config.items}; "
+                     f"add it there, or remove its rows ({len(outside)} rows name {ids.n_unique()} items that are not "
+                     "there"
                      + (f", also {others})" if others else ")"))

@@ -94,7 +94,8 @@ class Sequences:
     def history(self, position: int, max_history: int) -> np.ndarray:
         """Items before a flat position, of the same user, oldest first, at most ``max_history``: (h,) int32.
 
-        >>> sequences = Sequences(np.array(["u", "v"], dtype=object), np.array([0, 2, 5]), np.arange(5, dtype=np.int32))
+        >>> users, items = np.array(["u", "v"], dtype=object), np.arange(5, dtype=np.int32)
+        >>> sequences = Sequences(users, np.array([0, 2, 5]), items)
         >>> sequences.history(4, 10), sequences.history(4, 1), sequences.history(2, 10)
         (array([2, 3], dtype=int32), array([3], dtype=int32), array([], dtype=int32))
         """

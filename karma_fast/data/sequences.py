@@ -143,7 +143,8 @@ def _notes(counts: Counts, timed: bool, min_user_events: int, seed: int) -> list
     if counts.duplicates:
         notes.append(f"{counts.duplicates} rows repeat the user, item and time of another row; one of each was kept")
     if counts.trailing_exposures:
-        notes.append(f"{counts.trailing_exposures} rows shown but not clicked have no later click of the user; dropped")
+        notes.append(f"{counts.trailing_exposures} rows shown but not clicked have no later click of the user; "
+                     "dropped")
     if counts.own_exposures:
         notes.append(f"{counts.own_exposures} rows shown but not clicked are of the item clicked next; dropped")
     if counts.dropped_users:
@@ -187,7 +188,8 @@ def split_by_time(sequences: Sequences, valid_time: float, test_time: float) -> 
     (array([1]), array([1]), array([2, 3]))
     """
     if sequences.times is None:
-        raise DataError("data.split: by_time needs a time column; set data.time_column, or data.split to leave_one_out")
+        raise DataError("data.split: by_time needs a time column; set data.time_column, or data.split to "
+                        "leave_one_out")
     times, first = sequences.times, np.asarray(sequences.indptr[:-1], dtype=np.int64)
     before = np.concatenate([[0], np.cumsum(times < valid_time, dtype=np.int64)])
     train_end = first + before[sequences.indptr[1:]] - before[first]
@@ -199,4 +201,5 @@ def split_by_time(sequences: Sequences, valid_time: float, test_time: float) -> 
     late = late[~np.isin(late, first, assume_unique=True)]
     in_test = times[late] >= test_time
     return Split(train_end=train_end, valid=late[~in_test], test=late[in_test],
-                 description=f"by time: training before {valid_time:g}, validation before {test_time:g}, test from there")
+                 description=f"by time: training before {valid_time:g}, validation before {test_time:g}, "
+                             "test from there")

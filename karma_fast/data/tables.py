@@ -1,4 +1,4 @@
-"""Opens a data file as a lazy polars frame: RecBole ``.inter`` and ``.item``, ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``.
+"""A data file as a lazy polars frame: RecBole ``.inter``, ``.item``, ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``.
 
 ``.csv`` has commas and quotes cells with ``"``; ``.tsv``, ``.inter`` and ``.item`` have tabs and no quoting. Text
 files are UTF-8 with one header line; a ``.jsonl`` file has one JSON object a line.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -78,11 +79,13 @@ def _open_delimited(path: Path, separator: str, typed: bool) -> Table:
         heads = frame.collect_schema().names()[1:]
     except (pl.exceptions.PolarsError, OSError) as error:
         scan_delimited(path, separator, 1, False)  # names the line if the encoding is wrong
-        raise DataError(f"{path}: cannot be read ({_first_line(error)}); the first line must name the columns") from None
+        raise DataError(f"{path}: cannot be read ({_first_line(error)}); the first line must name the "
+                        "columns") from None
     doubled = [h.removesuffix("_duplicated_0") for h in heads if h.endswith("_duplicated_0")]
     if doubled:
         raise DataError(f"{path}, line 1, column {doubled[0]}: the header names it twice; rename one")
-    if len(heads) == 1 and (other := next((s for s in (";", "\t", "|", ",") if s in heads[0] and s != separator), None)):
+    others = (s for s in (";", "\t", "|", ",") if s in heads[0] and s != separator)
+    if len(heads) == 1 and (other := next(others, None)):
         raise DataError(f"{path}, line 1: the columns seem to be separated by {other!r}, but {path.suffix} files are "
                         f"read with {separator!r}; save it with that separator, or as .tsv if it has tabs")
     lines = scan_delimited(path, separator, len(heads), quote is not None)
@@ -104,7 +107,7 @@ def _open_json(path: Path) -> Table:
     lines = scan_json(path)
     columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig") as file:
-        for _, line in zip(range(1000), (line for line in file if line.strip())):
+        for line in islice((line for line in file if line.strip()), 1000):
             try:
                 columns.update(dict.fromkeys(json.loads(line).keys()))
             except (ValueError, AttributeError):

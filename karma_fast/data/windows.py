@@ -32,7 +32,8 @@ def training_windows(sequences: Sequences, split: Split, max_history: int, posit
     (array([0, 1]), array([2, 5]))
     """
     if not 1 <= min_history <= max_history:
-        raise ValueError(f"max_history {max_history}, min_history {min_history}: needs 1 <= min_history <= max_history")
+        raise ValueError(f"max_history {max_history}, min_history {min_history}: needs 1 <= min_history <= "
+                         "max_history")
     if positions not in ("last", "all"):
         raise ValueError(f"positions: got {positions!r}; allowed: 'last', 'all'")
     first = np.asarray(sequences.indptr[:-1], dtype=np.int64)

@@ -24,12 +24,10 @@ def text_losses(model: KarmaModel, u: Tensor, targets: np.ndarray) -> Tensor:
     model.eval()
     losses = []
     for at in range(0, len(targets), CHUNK):
-        texts = [model.prompts.texts[int(t)] for t in targets[at:at + CHUNK]]
-        width = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-        lengths = torch.tensor([len(text) for text in texts], device=device)
+        ids, lengths = (x.to(device) for x in model.prompts.padded_texts(targets[at:at + CHUNK]))
         with adapters_off(model.backbone):
-            losses.append(model.reconstruction_losses(model.decode_projection(u[at:at + CHUNK].to(device)), ids, lengths))
+            decoded = model.decode_projection(u[at:at + CHUNK].to(device))
+            losses.append(model.reconstruction_losses(decoded, ids, lengths))
     model.train(training)
     return torch.cat(losses).cpu()
 

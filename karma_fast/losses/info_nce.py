@@ -6,9 +6,10 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
 from karma_kernels import info_nce
 from karma_kernels.info_nce import check_inputs
-from torch import Tensor, nn
 
 
 class InfoNCELoss(nn.Module):

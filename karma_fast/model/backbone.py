@@ -95,8 +95,9 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
-        raise ConfigError(f"model.backbone: {config.backbone!r} cannot be loaded: {str(error).splitlines()[0]}; give a "
-                          f"local folder, a hub id that this machine can reach, or {', '.join(GGUF_ASSETS)}") from error
+        raise ConfigError(f"model.backbone: {config.backbone!r} cannot be loaded: {str(error).splitlines()[0]}; give "
+                          "a local folder, a hub id that this machine can reach, or "
+                          f"{', '.join(GGUF_ASSETS)}") from error
     if config.quantization == "none":
         model.to(device)
     keep_differentiable(model)

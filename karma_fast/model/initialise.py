@@ -8,6 +8,8 @@ their texts, so that its soft tokens lie among the tokens that the decoder knows
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ DECAY, LATEST = 0.85, 10  # weight of an item by age, and how many count
 
 @torch.no_grad()
 def item_projection(features: ItemFeatures, dim: int, sample: int = 20_000) -> Tensor:
-    """W_e (dim, width): each kind keeps its inner products, or its leading principal components where it must shrink."""
+    """W_e (dim, width): each kind keeps its inner products, or its leading principal components where it shrinks."""
     kinds = sorted(features.kinds, key=lambda k: features.widths[k])
     weight = torch.zeros(dim, features.width)
     total = sum(SHARES[k] for k in kinds)
@@ -36,7 +38,8 @@ def item_projection(features: ItemFeatures, dim: int, sample: int = 20_000) -> T
         else:
             basis = torch.eye(room, width, dtype=torch.float64)
         kept = (block @ basis.T).square().sum(dim=1).mean().sqrt().clamp_min(1e-6) if len(block) else torch.ones(())
-        weight[row:row + room, offsets[kind]:offsets[kind] + width] = ((SHARES[kind] / total) ** 0.5 / kept * basis).float()
+        scaled = (SHARES[kind] / total) ** 0.5 / kept * basis
+        weight[row:row + room, offsets[kind]:offsets[kind] + width] = scaled.float()
         row += room
     return weight
 
@@ -56,7 +59,7 @@ def part_means(token_ids: list[int], parts: int, table: Tensor) -> Tensor:
     """
     n = len(token_ids)
     edges = [n * k // parts for k in range(parts + 1)]
-    stretches = [token_ids[a:b] or token_ids[min(a, n - 1):min(a, n - 1) + 1] for a, b in zip(edges, edges[1:])]
+    stretches = [token_ids[a:b] or token_ids[min(a, n - 1):min(a, n - 1) + 1] for a, b in pairwise(edges)]
     return torch.stack([table[s].float().mean(dim=0) for s in stretches])
 
 

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from ..config import ConfigError, KarmaConfig
 from ..data.batches import KarmaBatch, KarmaCollator, Prompts
-from ..data.schema import Items
+from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
-from ..data.schema import Split
 from ..data.windows import training_windows
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, causal_lm, compute_dtype, identity, load_backbone, resolve_backbone, token_logits
@@ -42,7 +41,8 @@ class KarmaModel(nn.Module):
     space of ``config.embedding_dim`` unit vectors; their inner product is the score.
     """
 
-    def __init__(self, config: KarmaConfig, backbone: nn.Module, tokenizer, items: Items, features: ItemFeatures) -> None:
+    def __init__(self, config: KarmaConfig, backbone: nn.Module, tokenizer, items: Items,
+                 features: ItemFeatures) -> None:
         super().__init__()
         self.config, self.tokenizer, self.items = config, tokenizer, items
         self.backbone = backbone
@@ -54,11 +54,7 @@ class KarmaModel(nn.Module):
         self.item_projection = nn.Linear(features.width, config.embedding_dim, bias=False)  # W_e
         self.history_projection = SoftPromptProjection(features.width, hidden, mid_features=config.mid_features,
                                                        token_norm=norm)  # P_in
-        # W_o reads states in units of their spread over the untuned model: a few of a language model's dimensions are
-        # far larger than the rest, and a step of Adam along them would undo the starting point
-        self.register_buffer("state_mean", torch.zeros(hidden))
-        self.register_buffer("state_spread", torch.ones(hidden))
-        self.interest_projection = nn.Linear(hidden, config.embedding_dim)  # W_o
+        self.interest_projection = nn.Linear(hidden, config.embedding_dim, bias=False)  # W_o
         self.emb_token = nn.Parameter(F.normalize(torch.randn(hidden), dim=0) * norm)
         self.decode_projection = None
         if config.weight("rec") > 0:
@@ -106,11 +102,14 @@ class KarmaModel(nn.Module):
             vectors["id"] = id_vectors(sequences, split, len(items), config.id_dim)
         model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors))
         model.set_starting_point(sequences, split, seed)
+        if config.decoder_warmup_steps and model.decode_projection is not None:
+            model.warm_up_decoder(config.decoder_warmup_steps, seed, progress)
         return model
 
     @torch.no_grad()
-    def set_starting_point(self, sequences: UserSequences, split: Split, seed: int = 0, num_windows: int = 192) -> None:
-        """W_e from the features, W_o by ridge regression to the latest items' mean; see `karma_fast.model.initialise`."""
+    def set_starting_point(self, sequences: UserSequences, split: Split, seed: int = 0,
+                           num_windows: int = 192) -> None:
+        """W_e from the features, W_o by regression to the latest items' mean; see `karma_fast.model.initialise`."""
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
         if self.decode_projection is not None:
             self._start_decoder(seed)
@@ -124,7 +123,7 @@ class KarmaModel(nn.Module):
         for part in np.array_split(chosen, -(-len(chosen) // 32)):
             histories = [sequences.items[starts[w]:ends[w]][-self.config.max_history:] for w in part]
             fields = self.prompts.build(histories, [""] * len(part))
-            hidden = self._states(**{k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")}).float()
+            hidden = self._prompt_states(fields).float()
             for row, history in enumerate(histories):
                 emb = int(fields["emb_columns"][row])
                 states.append(hidden[row, emb - len(history):emb + 1])
@@ -133,15 +132,7 @@ class KarmaModel(nn.Module):
                 # [EMB] is what serving reads, so it weighs as much as the item positions together
                 weights.append(torch.tensor([1.0] * len(history) + [float(len(history))]))
         states, targets, weights = torch.cat(states), torch.cat(targets).to(self.device), torch.cat(weights)
-        self.state_mean.copy_(states.mean(dim=0))
-        self.state_spread.copy_(states.std(dim=0).clamp_min(1e-6))
-        states = (states - self.state_mean) / self.state_spread
-        bias = targets.mean(dim=0)
-        weight = ridge(states, targets - bias, weights.to(self.device))
-        # u does not depend on the scale of W_o, but how far a step of the optimiser turns it does
-        size = (states @ weight.T + bias).square().mean().sqrt().clamp_min(1e-6)
-        self.interest_projection.weight.copy_(weight / size)
-        self.interest_projection.bias.copy_(bias / size)
+        self.interest_projection.weight.copy_(ridge(states, targets, weights.to(self.device)))
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
         """P_rec's last layer from items' embeddings to the mean token embeddings of parts of their texts."""
@@ -155,6 +146,34 @@ class KarmaModel(nn.Module):
         inner = F.gelu(projection.up(projection.norm(e)))
         goals = torch.stack([part_means(self.prompts.texts[i], projection.num_tokens, table) for i in with_text])
         projection.down.weight.copy_(ridge(inner, goals.flatten(1)))
+
+    def warm_up_decoder(self, steps: int, seed: int = 0, progress: bool = False, batch_size: int = 64,
+                        learning_rate: float = 3e-3) -> list[float]:
+        """Trains P_rec alone to decode items' texts from their own embeddings; returns the loss of each step.
+
+        An item's embedding says what the text is, which a user's does only roughly, so P_rec learns faster from it.
+        """
+        from tqdm.auto import tqdm
+
+        with_text = np.flatnonzero([len(t) > 0 for t in self.prompts.texts])
+        random, order, losses = np.random.default_rng(seed), np.zeros(0, dtype=np.int64), []
+        optimiser = torch.optim.AdamW(self.decode_projection.parameters(), lr=learning_rate)
+        self.train()
+        for step in tqdm(range(steps if len(with_text) else 0), desc="warming up the decoder", unit="step",
+                         disable=not progress):
+            if len(order) < batch_size:
+                order = np.concatenate([order, random.permutation(with_text)])
+            items, order = order[:batch_size], order[batch_size:]
+            ids, lengths = (x.to(self.device) for x in self.prompts.padded_texts(items))
+            loss = self.reconstruction_loss(self.encode_items(items).to(self.device), ids, lengths, len(items))
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * min(1, (step + 1) / 5, (steps - step) / (steps / 2))
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.decode_projection.parameters(), 1.0)
+            optimiser.step()
+            losses.append(loss.item())
+        return losses
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -179,14 +198,19 @@ class KarmaModel(nn.Module):
         return causal_lm(self.backbone).get_input_embeddings().weight
 
     def _states(self, token_ids: Tensor, slots: Tensor, history_items: Tensor, emb_columns: Tensor) -> Tensor:
-        embeds = self.history_projection.insert(token_ids, slots, self.features(history_items), self._embedding_table())
+        vectors = self.features(history_items)
+        embeds = self.history_projection.insert(token_ids, slots, vectors, self._embedding_table())
         rows = torch.arange(len(embeds), device=embeds.device)
         embeds = embeds.index_put((rows, emb_columns), self.emb_token.to(embeds.dtype))
         return self._decoder_states(embeds)
 
+    def _prompt_states(self, fields: dict[str, Tensor]) -> Tensor:
+        """States of what `Prompts.build` made."""
+        return self._states(**{k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")})
+
     def interest(self, states: Tensor) -> Tensor:
         """(n, hidden) states at a query's position -> (n, d_e) unit vectors, float32."""
-        return F.normalize(self.interest_projection((states.float() - self.state_mean) / self.state_spread), dim=-1)
+        return F.normalize(self.interest_projection(states.float()), dim=-1)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """(n,) catalogue indices -> (n, d_e) unit vectors, float32."""
@@ -199,14 +223,16 @@ class KarmaModel(nn.Module):
         parts = LossParts()
         if self.loss.wants("act"):
             keys, index = torch.unique(batch.keys, return_inverse=True)
-            parts.act = self.loss.contrastive(u, self.item_embeddings(keys)[index], None, None, batch.keys, batch.log_q)
+            e = self.item_embeddings(keys)[index]
+            parts.act = self.loss.contrastive(u, e, None, None, batch.keys, batch.log_q)
         if self.loss.wants("gen"):
             states = hidden[batch.gen_rows, batch.gen_columns]
             losses = text_losses(self._logits(states), batch.gen_labels, batch.gen_rows, len(batch))
             parts.gen = losses.sum() / batch.num_texts
         num_decoded = batch.num_texts * self.config.decode_positions
         if self.loss.wants("rec") and len(batch.decode_pairs):
-            parts.rec = self.reconstruction_loss(u[batch.decode_pairs], batch.text_ids, batch.text_lengths, num_decoded)
+            parts.rec = self.reconstruction_loss(u[batch.decode_pairs], batch.text_ids, batch.text_lengths,
+                                                 num_decoded)
         if self.loss.wants("vis") and self.image_head is not None and len(batch.decode_pairs):
             targets = batch.keys[batch.decode_pairs]
             parts.vis = image_distance(self.image_head(u[batch.decode_pairs]), self.features.image[targets],
@@ -270,8 +296,8 @@ class KarmaModel(nn.Module):
         model = cls(config, backbone, tokenizer, items, ItemFeatures.from_tensors(features))
         wanted = model.trained_names()
         if set(weights) != wanted:
-            raise ConfigError(f"{folder}: its weights do not fit its config: missing {sorted(wanted - set(weights))[:5]}, "
-                              f"unknown {sorted(set(weights) - wanted)[:5]}")
+            raise ConfigError(f"{folder}: its weights do not fit its config: missing "
+                              f"{sorted(wanted - set(weights))[:5]}, unknown {sorted(set(weights) - wanted)[:5]}")
         model.load_state_dict(weights, strict=False)
         return model.eval()
 
@@ -291,7 +317,8 @@ class KarmaModel(nn.Module):
         """(U, d_e) float32 on the CPU: u of each request.
 
         Args:
-            histories: U arrays of catalogue indices, oldest first; the last ``config.max_history`` count. May be empty.
+            histories: U arrays of catalogue indices, oldest first; the last ``config.max_history`` count. One may be
+                empty.
             queries: U texts, "" for none.
         """
         from tqdm.auto import tqdm
@@ -307,10 +334,9 @@ class KarmaModel(nn.Module):
             for at in range(0, len(order), max(1, batch_tokens // width)):
                 part = order[at:at + max(1, batch_tokens // width)]
                 fields = self.prompts.build([histories[i] for i in part], [queries[i] for i in part])
-                fields = {k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")}
-                hidden = self._states(**fields)
-                rows = torch.arange(len(part), device=self.device)
-                out[torch.from_numpy(part)] = self.interest(hidden[rows, fields["emb_columns"]]).cpu()
+                hidden = self._prompt_states(fields)
+                emb = hidden[torch.arange(len(part)), fields["emb_columns"]]
+                out[torch.from_numpy(part)] = self.interest(emb).cpu()
                 bar.update(len(part))
         self.train(training)
         return out
@@ -319,8 +345,8 @@ class KarmaModel(nn.Module):
     def decode(self, u: Tensor, max_new_tokens: int | None = None) -> list[str]:
         """(n, d_e) embeddings -> n texts, greedily decoded by the untuned model from the embedding alone."""
         if self.decode_projection is None:
-            raise ValueError("this model was trained without L_rec (model.rec_weight or model.decode_weight is 0), so its "
-                             "embeddings cannot be decoded")
+            raise ValueError("this model was trained without L_rec (model.rec_weight or model.decode_weight is 0), so "
+                             "its embeddings cannot be decoded")
         from transformers import GenerationConfig
 
         model = causal_lm(self.backbone)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from karma_kernels import insert_soft_tokens, soft_prompt
 from torch import Tensor, nn
+
+from karma_kernels import insert_soft_tokens, soft_prompt
 
 
 class SoftPromptProjection(nn.Module):

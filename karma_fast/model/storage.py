@@ -71,7 +71,8 @@ def load_parts(folder: str | Path) -> tuple[KarmaConfig, Items, dict[str, torch.
         raise ConfigError(f"{folder}: holds no saved KarmaModel (config.json with a karma section is missing); give a "
                           "folder written by save_pretrained, such as runs/demo/model") from None
     if values.get("format") != FORMAT:
-        raise ConfigError(f"{folder}: has format {values.get('format')}, this version reads {FORMAT}; save the model again")
+        raise ConfigError(f"{folder}: has format {values.get('format')}, this version reads {FORMAT}; save the model "
+                          "again")
     rows = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
     items = Items(ids=np.array([r["id"] for r in rows], dtype=object), texts=[r["text"] for r in rows],
                   titles=[r["title"] for r in rows])
@@ -82,7 +83,8 @@ def load_parts(folder: str | Path) -> tuple[KarmaConfig, Items, dict[str, torch.
 def model_card(model: KarmaModel, facts: dict[str, Any]) -> str:
     """Markdown: what it is, data, metrics with protocol, settings, versions."""
     config = model.config
-    front = ["---", "library_name: karma_fast", f"base_model: {config.backbone}", "tags: [recommendation, retrieval]", "---"]
+    front = ["---", "library_name: karma_fast", f"base_model: {config.backbone}", "tags: [recommendation, retrieval]",
+             "---"]
     lines = [*front, "", "# KARMA next-interest model", "",
              f"An embedding of {config.embedding_dim} numbers for what a user wants next, made by {config.backbone} "
              f"({config.quantization}, {config.tuning}) over {len(model.items):,} items, after the method of KARMA "

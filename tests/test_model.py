@@ -11,6 +11,8 @@ from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import KarmaCollator, Prompts, log_sampling_probability, request
 from karma_fast.data.schema import Items, Sequences, Split
+from karma_fast.evaluation.decoding import decoding_check
+from karma_fast.evaluation.decoding import text_losses as held_out_losses
 from karma_fast.model.backbone import adapters_off, causal_lm
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
@@ -417,3 +419,33 @@ def test_prompts_cut_texts_and_leave_empty_ones_out(tiny_backbone):
     fields = prompts.build([np.array([0]), np.array([], dtype=int)], ["", ""], {0: 1, 1: 2})
     assert set(fields["gen_rows"].tolist()) == {1}
     assert fields["emb_columns"].tolist() == [len(prompts.instruction) + 1, len(prompts.instruction)]
+
+
+def test_decoder_warm_up_trains_p_rec_alone_and_tells_items_apart(tiny_config, tiny_data, tmp_path):
+    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    losses = model.warm_up_decoder(30, batch_size=16)
+    changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"decode_projection"}
+    assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    everything = np.arange(len(tiny_data.items))
+    found = decoding_check(model, model.encode_items(), everything)
+    assert found["share_better"] > 0.5 and found["matched_loss"] < found["shuffled_loss"]
+
+
+def test_decoding_check_sums_up_text_by_text(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path).eval()
+    u, targets = model.encode_items(np.arange(20)), np.arange(20)
+    each = held_out_losses(model, u, targets)
+    ids, lengths = model.prompts.padded_texts(targets)
+    with torch.no_grad():
+        whole = model.reconstruction_loss(u, ids, lengths, 20)
+        alone = torch.stack([model.reconstruction_loss(u[i:i + 1], ids[i:i + 1], lengths[i:i + 1], 1)
+                             for i in range(20)])
+    torch.testing.assert_close(each.mean(), whole, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(each, alone, rtol=3e-2, atol=3e-2)
+    other = held_out_losses(model, u.roll(1, dims=0), targets)
+    found = decoding_check(model, u, targets)
+    assert found["shuffled_loss"] == pytest.approx(other.mean().item(), rel=1e-5)
+    assert found["share_better"] == pytest.approx((each < other).float().mean().item())

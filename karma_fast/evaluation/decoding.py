@@ -44,10 +44,6 @@ def decoding_check(model: KarmaModel, u: Tensor, targets: np.ndarray) -> dict[st
         shuffled_loss: given another user's, the rows of u moved on by one. share_better: share of the requests whose
         matched loss is the lower one; 0.5 is chance. users: number of requests compared. None if the model has no
         L_rec, or fewer than two targets have a text.
-
-    Example:
-        >>> decoding_check(model, model.encode_users(histories), targets)  # doctest: +SKIP
-        {'matched_loss': 3.1, 'shuffled_loss': 3.4, 'users': 256, 'share_better': 0.71}
     """
     targets = np.asarray(targets)
     keep = np.array([bool(model.prompts.texts[int(t)]) for t in targets], dtype=bool)

@@ -149,6 +149,7 @@ class KarmaConfig(Section):
     max_scale: float = 100.0
     log_q: bool = True
     symmetric: bool = False
+    index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "max_history", "max_text_tokens", "num_soft_tokens", "lora_rank"):

@@ -114,7 +114,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     with stage("saving", stages):
         model.save_pretrained(folder / "model", {"data": data.name or config.data.interactions, **{
             name: metrics[name] for name in ("protocol", "rows", "requests", "seed", "steps", "command", "device")}})
-        ItemIndex(model.encode_items()).save(folder / "model")
+        ItemIndex(model.encode_items(), model.config.index).save(folder / "model")
     write_json(folder / "examples.json", examples)
     write_json(folder / "attention.json", {
         "labels": labels, "before": map_before.tolist(), "after": map_after.tolist(), "user": examples[0]["user"],

@@ -311,3 +311,24 @@ def test_embed(here, capsys, tmp_path):
     assert (tmp_path / "users.ids.txt").read_text(encoding="utf-8").split()[0] == "u0"
     assert main(["embed", "runs/tiny"]) == 2
     assert main(["embed", "runs/tiny", "--items", "items.csv"]) == 2
+
+
+def test_embed_the_other_way_round(here, tmp_path):
+    import polars as pl
+
+    items, users = tmp_path / "items.npy", tmp_path / "users.parquet"
+    assert main(["embed", "runs/tiny", "--items", str(items), "--users", str(users)]) == 0
+    assert np.load(items).shape == (40, 16) and (tmp_path / "items.ids.txt").read_text().split()[3] == "i3"
+    assert pl.read_parquet(users).height == 30
+
+
+def test_an_index_by_name_and_evaluations_while_training(here, capsys):
+    words = ["--max_steps", "2", "--model.index", "hnsw", "--eval_strategy", "steps", "--eval_steps", "1"]
+    assert main(["train", "shop.yaml", *words, "--output_dir", "runs/hnsw"]) == 0
+    capsys.readouterr()
+    assert json.loads(Path("runs/hnsw/model/index.json").read_text(encoding="utf-8"))["kind"] == "hnsw"
+    assert Path("runs/hnsw/report.md").read_text(encoding="utf-8").count("HR@10") > 2
+    assert main(["recommend", "runs/hnsw", "--history", "i5,i6", "--k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["items"]) == 3
+    assert main(["train", "shop.yaml", "--model.index", "tree"]) == 2
+    assert "model.index: got 'tree'; allowed: flat, hnsw, ivf" in capsys.readouterr().err

@@ -46,13 +46,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def item_index(model: KarmaModel, folder: Path) -> ItemIndex:
-    """The index saved with the model; a new one where there is none, or faiss to read it is missing."""
+    """The index saved with the model; a new one where there is none, or it cannot be read without faiss."""
     from ..retrieval import ItemIndex
 
     try:
         return ItemIndex.load(folder)
     except (FileNotFoundError, ImportError):
-        return ItemIndex(model.encode_items())
+        return ItemIndex(model.encode_items())  # flat needs no faiss
 
 
 def find_items(items: Items, text: str) -> np.ndarray:

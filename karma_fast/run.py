@@ -34,7 +34,7 @@ from .run_setup import Lines, banner, device_name, explain_memory, prepare_folde
 from .trainer import KarmaTrainer, last_checkpoint, peak_memory_bytes
 
 EXAMPLES, PRINTED = 8, 3  # test requests in examples.json, and of these on the terminal
-DECODED = 256  # test requests whose target's text is decoded with losses
+DECODED = 512  # test requests whose target's text is decoded with losses
 BASELINES = {"popularity": "popularity", "item-kNN": "item_knn", "title TF-IDF": "title_tfidf"}
 
 

@@ -449,3 +449,20 @@ def test_decoding_check_sums_up_text_by_text(tiny_config, tiny_data, tmp_path):
     found = decoding_check(model, u, targets)
     assert found["shuffled_loss"] == pytest.approx(other.mean().item(), rel=1e-5)
     assert found["share_better"] == pytest.approx((each < other).float().mean().item())
+
+
+def test_a_seed_gives_the_same_model_with_and_without_caches(tiny_config, tiny_data, tmp_path, monkeypatch):
+    def build_with(cache):
+        return KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=cache,
+                                device="cpu", seed=3).state_dict()
+
+    def converting(name):
+        torch.rand(5)  # as making the weights of a converted model does
+        return name
+
+    first = build_with(tmp_path / "a")
+    again = build_with(tmp_path / "a")
+    monkeypatch.setattr("karma_fast.model.karma.resolve_backbone", converting)
+    empty = build_with(tmp_path / "b")
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and torch.equal(value, empty[name]), name

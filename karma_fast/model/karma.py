@@ -87,11 +87,12 @@ class KarmaModel(nn.Module):
         """
         from ..data.assets import cache_dir
 
+        name = resolve_backbone(config.backbone)  # a first conversion draws random numbers, so the seed comes after it
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
         vectors = {}
         if any(items.texts):
-            key = f"{identity(resolve_backbone(config.backbone))} {config.quantization}"
+            key = f"{identity(name)} {config.quantization}"
             vectors["text"] = cached_text_vectors(items.texts, backbone, tokenizer, key, cache or cache_dir(),
                                                   config.item_instruction, progress)
         if items.image_vectors is not None:

@@ -82,7 +82,7 @@ def synthetic_run(folder, steps=340, seed=0):
         return {"user": str(user), "history": [str(t) for t in random.choice(TITLES, 16, replace=False)], "query": "",
                 "target": f"{target} | 1995 | Drama Thriller", "target_rank": 3 if hit else 118,
                 "top": [{"title": t, "score": 0.71 - 0.04 * n} for n, t in enumerate(top)],
-                "decoded": f"{target[:6]} | 1995 | Drama", "decoded_untrained": "the the | The | 1"}
+                "decoded": f"{target[:6]} | 1995 | Drama"}
 
     examples = [example(196, "Seven", True), example(22, "Toy Story", False), example(7, "Babe", True)]
     examples[2] |= {"query": NASTY,

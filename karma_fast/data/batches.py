@@ -114,12 +114,16 @@ class Prompts:
                 "gen_rows": gen_rows, "gen_columns": gen_columns, "gen_labels": gen_labels}
 
 
+def query_of(sequences: Sequences, position: int) -> str:
+    """The query of the event at a flat position, "" for none."""
+    if sequences.queries is None or sequences.queries[position] < 0:
+        return ""
+    return sequences.query_texts[sequences.queries[position]]
+
+
 def request(sequences: Sequences, position: int, max_history: int) -> tuple[np.ndarray, str]:
     """(history, query) of the request whose target is the event at a flat position."""
-    query = ""
-    if sequences.queries is not None and sequences.queries[position] >= 0:
-        query = sequences.query_texts[sequences.queries[position]]
-    return sequences.history(position, max_history), query
+    return sequences.history(position, max_history), query_of(sequences, position)
 
 
 def log_sampling_probability(sequences: Sequences, split: Split, num_items: int) -> np.ndarray:
@@ -144,7 +148,7 @@ class KarmaCollator:
     def __call__(self, windows: Sequence[tuple[int, int]]) -> KarmaBatch:
         events = self.sequences.items
         histories = [events[start:end - 1] for start, end in windows]
-        queries = [request(self.sequences, end - 1, 1)[1] for _, end in windows]
+        queries = [query_of(self.sequences, end - 1) for _, end in windows]
         last = [int(events[end - 1]) for _, end in windows]
         wants_gen = self.config.weight("gen") > 0
         looked_at = [self._random(start, end).random() < self.config.decode_share for start, end in windows]

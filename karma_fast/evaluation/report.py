@@ -251,8 +251,7 @@ def _example(n: int, example: dict[str, Any]) -> Example:
     rank = number(example.get("target_rank"))
     place = f" (rank {rank:,.0f})" if rank > 0 else ""
     facts = [("Search", example.get("query")), ("Target", target and target + place),
-             ("Decoded from the embedding alone", example.get("decoded")),
-             ("The same before training", example.get("decoded_untrained"))]
+             ("Decoded from the embedding alone", example.get("decoded"))]
     return Example(f"User {example.get('user', n)}", history[-SHOWN_HISTORY:], max(0, len(history) - SHOWN_HISTORY),
                    top, [(name, str(text)) for name, text in facts if text])
 

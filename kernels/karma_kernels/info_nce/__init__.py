@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..numerics import compute_dtype
+from . import op
 from .reference import info_nce_rows
+from .routing import has_triton, route
 
 __all__ = ["info_nce"]
 
-AVAILABLE = ("auto", "reference")
+BACKENDS = ("auto", "reference", "chunked", "fused")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -40,16 +43,21 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
             ``query_ids[k] == key_ids[labels[i]]``. ``log_q`` is not used in that direction. Labels must be distinct.
         reduction: "mean", "sum" or "none" ((B,) losses).
         normalize: L2-normalise query and key first. A zero row stays zero and gets a zero gradient.
-        backend: "auto" or "reference", which holds the (B, N) scores in memory and is the definition.
-        workspace_bytes: upper limit for temporary memory of implementations that work in pieces; "reference" does not.
+        backend: "reference" is the definition, holds the (B, N) scores in memory and alone has second derivatives.
+            "chunked" works on tiles of scores within ``workspace_bytes``, with the library's matrix products. "fused"
+            are Triton kernels for CUDA devices; float64 is not for them. "auto" takes the fastest.
+        workspace_bytes: limit for temporary memory of "chunked" and "fused", besides gradient accumulators in float32
+            and a few numbers for each row and key.
 
     Returns:
         float64 for float64 inputs, else float32: half precision is computed in float32, under autocast too. A
-        non-finite input gives a NaN loss and NaN gradients. Same inputs, same bits.
+        non-finite input gives a NaN loss and NaN gradients. So does, with ``normalize``, a row whose length has no
+        inverse to compute with (on CUDA devices beyond 2^50 or under 2^-50). Same inputs, same bits.
 
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes, devices or options; on a CPU also labels out of range, and
-            repeated ones with ``symmetric``. On other devices these give NaN, so that nothing has to wait for a check.
+            repeated ones with ``symmetric``. On other devices, and in a compiled function, these give NaN, so that
+            nothing has to wait for a check. RuntimeError: "fused" without a CUDA device or without Triton.
 
     Example:
         >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -64,14 +72,26 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
     rows, device = query.shape[0], query.device
     if labels is None:
         labels = torch.arange(rows, device=device)
-    if not isinstance(scale, Tensor):
-        scale = torch.tensor(float(scale), dtype=torch.float64, device=device)
+    if not isinstance(scale, Tensor):  # filled on the device: no copy that a CUDA graph could not capture
+        scale = torch.full((), float(scale), dtype=compute_dtype(query.dtype), device=device)
+    if backend == "auto":
+        backend = route(rows, key.shape[0], query.dtype, device)
+    labels, scale, per_row = labels.long(), scale.reshape(()), reduction == "none"
     with torch.autocast(device.type, enabled=False):
-        losses = info_nce_rows(query, key, labels.long(), scale.reshape(()), query_ids, key_ids, log_q, symmetric,
-                               normalize)
-        if reduction == "none":
-            return losses
-        return losses.sum() if reduction == "sum" else losses.sum() / max(rows, 1)
+        if backend == "reference":
+            losses = info_nce_rows(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize)
+            if per_row:
+                return losses
+            loss = losses.sum()
+        else:
+            gradients = 0
+            if not per_row and torch.is_grad_enabled() and op.forms_gradients(query, key, symmetric, normalize,
+                                                                              backend, workspace_bytes):
+                gradients = sum(bit for bit, x in ((op.QUERY, query), (op.KEY, key), (op.SCALE, scale),
+                                                   (op.LOG_Q, log_q)) if x is not None and x.requires_grad)
+            loss = op.info_nce_op(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, per_row,
+                                  gradients, backend, workspace_bytes)[0]
+        return loss / max(rows, 1) if reduction == "mean" else loss
 
 
 def check_inputs(query: Tensor, key: Tensor, labels: Tensor | None = None, query_ids: Tensor | None = None,
@@ -111,7 +131,7 @@ def check_inputs(query: Tensor, key: Tensor, labels: Tensor | None = None, query
             raise ValueError(f"{rows} queries but {keys} keys; without labels each query needs its own key first")
     elif rows and keys == 0:
         raise ValueError(f"{rows} queries but no keys; at least one key is needed")
-    elif rows and labels.device.type == "cpu":
+    elif rows and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= keys:
             raise ValueError(f"labels: got {low} to {high}; with {keys} keys 0 to {keys - 1} is needed")
@@ -131,7 +151,24 @@ def check_options(query: Tensor, scale: float | Tensor, reduction: str, backend:
         raise TypeError(f"scale: got {type(scale).__name__}; a number or a tensor with one element is needed")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; mean, sum or none is needed")
-    if backend not in AVAILABLE:
-        raise ValueError(f"backend: got {backend!r}; this version has only 'reference' (and 'auto', which takes it)")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; auto, reference, chunked or fused is needed")
+    if backend == "fused":
+        check_fused(query)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: got {workspace_bytes!r}; a positive whole number of bytes is needed")
+
+
+def check_fused(query: Tensor) -> None:
+    if not has_triton():
+        raise RuntimeError("backend 'fused' needs Triton, which is not installed: pip install triton, or take "
+                           "backend='chunked' or 'auto'")
+    from .launch import INTERPRETED  # imports triton
+
+    if INTERPRETED:
+        return
+    if query.device.type == "cpu":
+        raise RuntimeError("backend 'fused' needs tensors on a CUDA device (or Triton's interpreter, for checks); "
+                           "query is on the CPU, take backend='chunked' or 'auto'")
+    if query.dtype == torch.float64:
+        raise ValueError("backend 'fused' does not take float64; take backend='chunked' or 'auto'")

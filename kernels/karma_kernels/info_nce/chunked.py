@@ -1,0 +1,277 @@
+"""InfoNCE tile by tile in plain torch, on any device, in a bounded workspace.
+
+Cost for one direction: 6 B N D operations where a whole row of scores fits (the gradient is formed while the scores
+are there), else 8 B N D (the scores are formed once for the statistics and once for the gradient); both directions
+together 8 B N D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..numerics import compute_dtype
+from .problem import Gradients, Problem, Statistics, Wanted, pieces
+
+ONE_PASS_ROWS = 128  # with fewer rows at a time, adding to the gradient of all keys costs more than a second pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    rows: int  # of a tile of scores
+    keys: int  # of a tile of scores
+    key_block: int  # keys converted to compute dtype, or normalised, at a time
+    one_pass: bool
+
+    @staticmethod
+    def of(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
+           workspace_bytes: int) -> Plan:
+        """Half of the workspace for scores, a quarter for converted keys, the rest for converted queries and masks."""
+        item = compute_dtype(dtype).itemsize
+        scores = max(1, workspace_bytes // 2 // item // (2 if symmetric else 1))
+        most_rows = max(1, min(rows, workspace_bytes // 12 // (width * item)))
+        block = keys
+        if normalize or item != dtype.itemsize:
+            block = max(1, min(keys, workspace_bytes // 4 // (width * item)))
+        at_once = min(most_rows, scores // keys)
+        if not symmetric and at_once >= min(rows, ONE_PASS_ROWS):
+            return Plan(at_once, keys, block, True)
+        tile_rows = min(most_rows, math.isqrt(scores))
+        tile_keys = min(keys, scores // tile_rows)
+        return Plan(min(most_rows, scores // tile_keys), tile_keys, block, False)
+
+
+class Side:
+    """Queries or keys, read in compute dtype and normalised if asked, some rows at a time."""
+
+    def __init__(self, x: Tensor, problem: Problem) -> None:
+        self.x, self.dtype, self.normalize = x, problem.dtype, problem.normalize
+        self.piece = max(1, problem.workspace_bytes // 8 // (x.shape[1] * problem.dtype.itemsize))
+        largest = [torch.linalg.vector_norm(x[r].to(self.dtype), torch.inf, dim=1)
+                   for r in pieces(0, len(x), self.piece)]
+        largest = torch.cat(largest)
+        self.finite = torch.isfinite(largest).all()
+        self.inverse = None  # (R,) 1 / norm
+        if self.normalize:
+            zero = largest == 0
+            by = largest.masked_fill(zero, 1).unsqueeze(1)
+            norms = torch.cat([torch.linalg.vector_norm(x[r].to(self.dtype) / by[r], dim=1)
+                               for r in pieces(0, len(x), self.piece)])
+            inverse = 1 / by.squeeze(1) / norms.masked_fill(zero, 1)
+            # the inverse of the length of a row at the very end of the range of numbers is none that can be used
+            usable = (inverse >= torch.finfo(self.dtype).tiny) & torch.isfinite(inverse)
+            self.finite = self.finite & usable.all()
+            self.inverse = inverse.masked_fill(zero, 0)
+
+    def rows(self, r: slice) -> Tensor:
+        x = self.x[r].to(self.dtype)
+        return x if self.inverse is None else x * self.inverse[r].unsqueeze(1)
+
+    def finish(self, grad: Tensor, factor: Tensor, scale_grad: Tensor | None) -> None:
+        """In place: sum_j G_ij y_j -> gradient of the unnormalised row; adds sum_i <x_i, grad_i> to ``scale_grad``."""
+        for r in pieces(0, len(grad), self.piece // 2 or 1):
+            part = grad[r]
+            if self.normalize or scale_grad is not None:
+                x = self.rows(r)
+                along = (x * part).sum(1)
+                if scale_grad is not None:
+                    scale_grad += along.sum()
+                if self.normalize:
+                    part.sub_(x.mul_(along.unsqueeze(1))).mul_(self.inverse[r].unsqueeze(1))
+            part.mul_(factor)
+
+
+class Tiles:
+    """The problem in tiles: scores, statistics and gradients of one tile at a time."""
+
+    def __init__(self, x: Problem) -> None:
+        self.x = x
+        self.plan = Plan.of(*x.query.shape[:1], *x.key.shape, x.query.dtype, x.symmetric, x.normalize,
+                            x.workspace_bytes)
+        self.query, self.key = Side(x.query, x), Side(x.key, x)
+        self.valid = x.valid & self.query.finite & self.key.finite
+        self.log_q = None if x.log_q is None else x.log_q.to(x.dtype)
+        self.buffers = [x.query.new_empty(self.plan.rows * self.plan.keys, dtype=x.dtype)
+                        for _ in range(2 if x.symmetric else 1)]
+        positive = [(self.query.rows(r) * self.one_by_one(x.labels[r])).sum(1) * x.scale
+                    for r in self.row_pieces()]
+        self.positive = torch.cat(positive)  # (B,) scores, without log_q
+        self.row_positive = self.positive if self.log_q is None else self.positive - self.log_q[x.labels]
+
+    def one_by_one(self, index: Tensor) -> Tensor:
+        k = self.x.key[index].to(self.x.dtype)
+        return k if self.key.inverse is None else k * self.key.inverse[index].unsqueeze(1)
+
+    def by_key(self, values: Tensor, other: float) -> Tensor:
+        """(B,) values of the positives -> (N,), ``other`` for keys that are nobody's positive."""
+        return values.new_full((self.x.key.shape[0],), other).scatter_(0, self.x.labels, values)
+
+    def row_pieces(self) -> Iterator[slice]:
+        return pieces(0, self.x.query.shape[0], self.plan.rows)
+
+    def key_pieces(self) -> Iterator[slice]:
+        return pieces(0, self.x.key.shape[0], self.plan.keys)
+
+    def scores(self, r: slice, c: slice) -> Tensor:
+        """(R, C) scores without log_q; -inf for dropped keys and, so that it is counted apart, for the positive."""
+        out = self.buffers[0][:(r.stop - r.start) * (c.stop - c.start)].view(r.stop - r.start, c.stop - c.start)
+        q = self.query.rows(r) * self.x.scale
+        for k in pieces(c.start, c.stop, self.plan.key_block):
+            torch.mm(q, self.key.rows(k).T, out=out[:, k.start - c.start:k.stop - c.start])
+        if self.x.key_ids is not None:
+            drop_equal(out, self.x.query_ids[r], self.x.key_ids[c])
+        self.put_positive(out, r, c, -torch.inf)
+        return out
+
+    def put_positive(self, tile: Tensor, r: slice, c: slice, value: float | Tensor) -> None:
+        column = (self.x.labels[r] - c.start).unsqueeze(1)
+        inside = (column >= 0) & (column < tile.shape[1])
+        column = column.clamp(0, tile.shape[1] - 1)
+        if isinstance(value, Tensor):
+            value = value.unsqueeze(1)
+        tile.scatter_(1, column, torch.where(inside, value, tile.gather(1, column)))
+
+    def second(self, tile: Tensor) -> Tensor:
+        """Another buffer with the tile's content."""
+        return self.buffers[1][:tile.numel()].view(tile.shape).copy_(tile)
+
+    def row_logits(self, tile: Tensor, c: slice) -> Tensor:
+        return tile if self.log_q is None else tile.sub_(self.log_q[c])
+
+    def statistics(self) -> tuple[Statistics, Statistics | None]:
+        x = self.x
+        top, rest = torch.zeros_like(self.positive), torch.zeros_like(self.positive)
+        if x.symmetric:  # relative to +inf, keys that are nobody's positive count nothing
+            by_key = self.by_key(self.positive, torch.inf)
+            key_top, key_rest = torch.zeros_like(by_key), torch.zeros_like(by_key)
+        for r in self.row_pieces():
+            for c in self.key_pieces():
+                tile = self.scores(r, c)
+                if x.symmetric:
+                    add_tile(self.second(tile).sub_(by_key[c]), key_top[c], key_rest[c], 0)
+                add_tile(self.row_logits(tile, c).sub_(self.row_positive[r].unsqueeze(1)), top[r], rest[r], 1)
+        rows = Statistics.of(self.row_positive, top, rest)
+        if not x.symmetric:
+            return rows, None
+        return rows, Statistics.of(self.positive, key_top[x.labels], key_rest[x.labels])
+
+    def new_gradients(self, wanted: Wanted) -> Gradients:
+        def zeros(shape: tuple[int, ...], want: bool) -> Tensor | None:
+            return self.positive.new_zeros(shape) if want else None
+
+        return Gradients(zeros(self.x.query.shape, wanted.over_query), zeros(self.x.key.shape, wanted.over_key),
+                         zeros((), wanted.scale), zeros((self.x.key.shape[0],), wanted.log_q))
+
+    def add_products(self, tile: Tensor, r: slice, c: slice, grads: Gradients) -> None:
+        """``tile`` (R, C) gradient for the scores."""
+        if grads.query is not None:
+            for k in pieces(c.start, c.stop, self.plan.key_block):
+                grads.query[r].addmm_(tile[:, k.start - c.start:k.stop - c.start], self.key.rows(k))
+        if grads.key is not None:
+            grads.key[c].addmm_(tile.T, self.query.rows(r))
+
+    def finish(self, grads: Gradients, wanted: Wanted) -> Gradients:
+        poison = torch.where(self.valid, 1.0, torch.nan).to(self.x.dtype)
+        factor = self.x.scale * poison
+        if grads.query is not None:
+            self.query.finish(grads.query, factor, grads.scale)
+        if grads.key is not None:
+            self.key.finish(grads.key, factor, grads.scale if grads.query is None else None)
+        return Gradients(grads.query if wanted.query else None, grads.key if wanted.key else None,
+                         grads.scale * poison if wanted.scale else None,
+                         grads.log_q * poison if wanted.log_q else None)
+
+
+def drop_equal(tile: Tensor, row_ids: Tensor, key_ids: Tensor) -> None:
+    """-inf wherever the ids are equal."""
+    if tile.device.type == "cpu":  # few are: look them up in the sorted ids instead of comparing all pairs
+        row_ids, (ordered, order) = row_ids.long(), key_ids.long().sort()
+        first = torch.searchsorted(ordered, row_ids)
+        count = torch.searchsorted(ordered, row_ids, right=True) - first
+        total = int(count.sum())
+        if total <= tile.numel() // 32:
+            row = torch.repeat_interleave(count)
+            place = torch.arange(total) + (first - count.cumsum(0) + count)[row]
+            tile[row, order[place]] = -torch.inf
+            return
+    tile.masked_fill_(row_ids.unsqueeze(1) == key_ids, -torch.inf)
+
+
+def add_tile(above: Tensor, top: Tensor, rest: Tensor, dim: int) -> None:
+    """Updates the running (top, rest) of :class:`Statistics`; ``above``, relative to the positive, becomes exp."""
+    new = torch.maximum(top, above.amax(dim))
+    above.sub_(new.unsqueeze(dim)).exp_()
+    rest.mul_(torch.exp(top - new)).add_(above.sum(dim))
+    top.copy_(new)
+
+
+def one_pass_does(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
+                  workspace_bytes: int) -> bool:
+    return Plan.of(rows, keys, width, dtype, symmetric, normalize, workspace_bytes).one_pass
+
+
+def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
+    """(B,) losses, what :func:`backward` needs, and the wanted gradients of the sum of the losses."""
+    tiles = Tiles(x)
+    grads = Gradients()
+    if tiles.plan.one_pass and wanted.any:
+        rows, columns, grads = one_pass(tiles, wanted)
+    else:
+        rows, columns = tiles.statistics()
+        if wanted.any:
+            grads = second_pass(tiles, wanted, rows, columns, torch.ones_like(rows.loss))
+    losses = rows.loss if columns is None else (rows.loss + columns.loss) / 2
+    saved = rows.stacked() if columns is None else torch.cat([rows.stacked(), columns.stacked()])
+    return losses * torch.where(tiles.valid, 1.0, torch.nan).to(x.dtype), saved, grads
+
+
+def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
+    """Gradients of ``sum_i weights_i loss_i``."""
+    none = torch.empty_like(saved[0])
+    rows, columns = Statistics(*saved[:3], none), Statistics(*saved[3:], none) if x.symmetric else None
+    return second_pass(Tiles(x), wanted, rows, columns, weights)
+
+
+def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]:
+    parts, grads, c = [], tiles.new_gradients(wanted), slice(0, tiles.x.key.shape[0])
+    for r in tiles.row_pieces():
+        tile = tiles.row_logits(tiles.scores(r, c), c).sub_(tiles.row_positive[r].unsqueeze(1))
+        top, rest = torch.zeros_like(tiles.positive[r]), torch.zeros_like(tiles.positive[r])
+        add_tile(tile, top, rest, 1)
+        rows = Statistics.of(tiles.row_positive[r], top, rest)
+        tiles.put_positive(tile, r, c, -rest)
+        parts.append(rows)
+        tile.div_(rows.norm.unsqueeze(1))
+        if grads.log_q is not None:
+            grads.log_q -= tile.sum(0)
+        tiles.add_products(tile, r, c, grads)
+    whole = Statistics(*(torch.cat([getattr(p, name) for p in parts]) for name in ("shift", "rest", "norm", "loss")))
+    return whole, None, tiles.finish(grads, wanted)
+
+
+def second_pass(tiles: Tiles, wanted: Wanted, rows: Statistics, columns: Statistics | None,
+                weights: Tensor) -> Gradients:
+    x, grads = tiles.x, tiles.new_gradients(wanted)
+    weights = weights * x.direction_weight
+    row_factor = weights / rows.norm
+    if columns is not None:
+        key_shift, key_factor = tiles.by_key(columns.shift, torch.inf), tiles.by_key(weights / columns.norm, 0.0)
+    for r in tiles.row_pieces():
+        for c in tiles.key_pieces():
+            tile = tiles.scores(r, c)
+            if columns is not None:
+                back = tiles.second(tile).sub_(key_shift[c]).exp_().mul_(key_factor[c])
+            tiles.row_logits(tile, c).sub_(rows.shift[r].unsqueeze(1)).exp_()
+            tile.mul_(row_factor[r].unsqueeze(1))
+            tiles.put_positive(tile, r, c, -row_factor[r] * rows.rest[r])
+            if grads.log_q is not None:
+                grads.log_q[c] -= tile.sum(0)
+            if columns is not None:
+                tiles.put_positive(back, r, c, -(weights / columns.norm * columns.rest)[r])
+                tile.add_(back)
+            tiles.add_products(tile, r, c, grads)
+    return tiles.finish(grads, wanted)

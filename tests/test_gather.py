@@ -3,6 +3,7 @@
 The processes run gather_worker.py under torchrun and under accelerate launch, once for each number of them.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,29 +20,38 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # float64; what is left are sums in a
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def launch(folder, processes, *command, **environment):
-    """What each process found, by rank."""
+def launch(*command, **environment):
+    """Its error messages, None if it went well."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
                                 "CUDA_VISIBLE_DEVICES": ""} | environment
     done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True,
                           timeout=300)
-    assert done.returncode == 0, done.stderr
+    return done.stderr if done.returncode else None
+
+
+@functools.cache
+def load(folder, processes):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def torchrun(tmp_path_factory):
-    """processes -> what they found; started once."""
-    found = {}
+def launched():
+    """processes -> (folder, error messages): each number is started once, also if it fails."""
+    return {}
 
-    def results(processes):
-        if processes not in found:
-            folder = tmp_path_factory.mktemp("gather")
-            found[processes] = launch(folder, processes, "torch.distributed.run", "--standalone",
-                                      f"--nproc-per-node={processes}", worker.__file__, str(folder))
-        return found[processes]
 
-    return results
+@pytest.fixture(params=[2, 4])
+def results(request, launched, tmp_path_factory):
+    """What each of two or four processes found, by rank."""
+    processes = request.param
+    if processes not in launched:
+        folder = tmp_path_factory.mktemp("gather")
+        launched[processes] = folder, "not finished in time"
+        launched[processes] = folder, launch("torch.distributed.run", "--standalone",
+                                             f"--nproc-per-node={processes}", worker.__file__, str(folder))
+    folder, error = launched[processes]
+    assert error is None, error
+    return load(folder, processes)
 
 
 def one_process(case):
@@ -61,17 +71,17 @@ def name(case):
     return "-".join(["+".join(map(str, sizes)), f"{hard} hard", "symmetric" * symmetric, *extras, variant])
 
 
-def run_of(results, processes, case):
-    return [found["steps"][worker.cases(processes).index(case)] for found in results(processes)]
+def averaged(results, case):
+    return [found["steps"][worker.cases(len(results)).index(case)] for found in results]
 
 
-@pytest.mark.parametrize("processes,case", [(n, case) for n, case in ALL if (n, case) not in WRONG],
-                         ids=lambda x: str(x) if isinstance(x, int) else name(x))
-def test_parts_equal_the_whole(torchrun, processes, case):
+@pytest.mark.parametrize("results,case", [(n, case) for n, case in ALL if (n, case) not in WRONG],
+                         indirect=["results"], ids=lambda x: str(x) if isinstance(x, int) else name(x))
+def test_parts_equal_the_whole(results, case):
     expected = one_process(case)
     assert all(grad.abs().max() > 1e-4 for grad in expected.values())  # else the comparison would show nothing
     assert ("log_q" in expected) == ("log_q" in case.extras)
-    for values in run_of(torchrun, processes, case):
+    for values in averaged(results, case):
         for (key, value), found in zip(expected.items(), values, strict=True):
             if case.variant == "autocast" and key.startswith("tower"):  # bfloat16 on their way through the encoder
                 assert (found - value).norm() < 0.02 * value.norm(), key
@@ -80,14 +90,15 @@ def test_parts_equal_the_whole(torchrun, processes, case):
             torch.testing.assert_close(found, value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("processes,case", WRONG, ids=lambda x: str(x) if isinstance(x, int) else x.variant)
-def test_rows_gathered_without_gradient_would_be_noticed(torchrun, processes, case):
+@pytest.mark.parametrize("results,case", WRONG, indirect=["results"],
+                         ids=lambda x: str(x) if isinstance(x, int) else x.variant)
+def test_rows_gathered_without_gradient_would_be_noticed(results, case):
     loss, weight, *_ = one_process(case._replace(variant="plain")).values()
-    for found_loss, found_weight, *_ in run_of(torchrun, processes, case):
+    for found_loss, found_weight, *_ in averaged(results, case):
         torch.testing.assert_close(found_loss, loss, **TOLERANCE)  # the loss alone shows nothing
         assert (found_weight - weight).norm() > 0.1 * weight.norm()
         if case.variant == "whole loss":
-            torch.testing.assert_close(found_weight, weight / processes, **TOLERANCE)
+            torch.testing.assert_close(found_weight, weight / len(results), **TOLERANCE)
 
 
 @pytest.mark.parametrize("sizes", sorted({case.sizes for _, case in ALL if 0 not in case.sizes}))
@@ -100,13 +111,12 @@ def test_the_cases_have_copies_of_items_in_other_processes(sizes):
     assert (with_ids - without).abs() > 0.01
 
 
-@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_dtypes_under_autocast(torchrun, processes, dtype):
+def test_dtypes_under_autocast(results, dtype):
     """The loss is that of the inputs as they are, in float32; each gradient has its input's dtype."""
-    batch = worker.batch_part(1, (worker.BATCH,), 0)
+    batch, processes = worker.batch_part(1, (worker.BATCH,), 0), len(results)
     loss, query_grad, key_grad = worker.inputs_in(dtype, 0, 1)
-    found = [result["dtypes"][str(dtype)] for result in torchrun(processes)]
+    found = [result["dtypes"][str(dtype)] for result in results]
     assert all(part[0].dtype == torch.float32 and part[1].dtype == part[2].dtype == dtype for part in found)
     torch.testing.assert_close(torch.stack([part[0] for part in found]).mean(), loss, rtol=1e-6, atol=1e-6)
     eps = max(torch.finfo(dtype).eps, 1e-6)
@@ -118,10 +128,10 @@ def test_dtypes_under_autocast(torchrun, processes, dtype):
         torch.testing.assert_close(part[2] / processes, key_grad[places], **precision)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gathered_rows(torchrun, processes):
+def test_gathered_rows(results):
+    processes = len(results)
     total = 256.0 + processes - 1
-    for rank, result in enumerate(torchrun(processes)):
+    for rank, result in enumerate(results):
         found = result["rows"]
         expected = torch.cat([torch.full((n, 2), float(n)) for n in range(processes)])
         assert torch.equal(found["rows"], expected.bfloat16())
@@ -131,17 +141,15 @@ def test_gathered_rows(torchrun, processes):
         assert found["silent"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_no_process_has_a_query(torchrun, processes):
-    for result in torchrun(processes):
+def test_no_process_has_a_query(results):
+    for result in results:
         loss, *grads = result["nothing"]
         assert loss == 0 and [grad.shape for grad in grads] == [(0, 3), (0, 3), ()] and grads[2] == 0
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_all_refuse_instead_of_waiting(torchrun, processes):
-    others = list(range(1, processes))
-    for result in torchrun(processes):
+def test_all_refuse_instead_of_waiting(results):
+    others = list(range(1, len(results)))
+    for result in results:
         refusals = result["refusals"]
         for trial, first, rest in (("ids", "query, key, query_ids, key_ids of width 3", "query, key of width 3"),
                                    ("width", "width 5", "width 3"), ("dtype", "torch.bfloat16", "torch.float32"),
@@ -156,10 +164,11 @@ def test_all_refuse_instead_of_waiting(torchrun, processes):
 
 def test_under_accelerate(tmp_path):
     pytest.importorskip("accelerate")
-    found = launch(tmp_path, 2, "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+    error = launch("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
                    "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", worker.__file__,
                    str(tmp_path), "--accelerate", ACCELERATE_USE_CPU="true")
-    for values in found:
+    assert error is None, error
+    for values in load(tmp_path, 2):
         for case, case_values in zip(worker.accelerate_cases(), values, strict=True):
             torch.testing.assert_close(case_values, list(one_process(case).values()), **TOLERANCE)
 

@@ -7,9 +7,11 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from karma_kernels import info_nce
-from karma_kernels.info_nce import check_inputs
+from karma_kernels.info_nce import FLOATS, check_inputs
+from karma_kernels.numerics import compute_dtype
 
 
 class InfoNCELoss(nn.Module):
@@ -28,7 +30,7 @@ class InfoNCELoss(nn.Module):
         symmetric: add the direction key -> queries and halve (see :func:`karma_kernels.info_nce`).
         normalize: L2-normalise queries and keys, so that s multiplies a cosine.
         gather: use the keys (and ids, and log_q) of all processes of the default process group as negatives. Batches
-            may differ in size. Without a process group this changes nothing.
+            may differ in size. Without a process group this changes nothing. See below.
         backend: implementation, see :func:`karma_kernels.info_nce`.
 
     With ``gather=True`` each process computes the losses of its own queries only. It returns their sum times
@@ -37,6 +39,12 @@ class InfoNCELoss(nn.Module):
     gradient, as one process with the whole batch would compute it, also where batches differ in size. (With equal
     sizes the returned loss is simply the mean over the own queries.) ``log_scale`` counts as a parameter like the
     others: wrap the loss together with the model, or average its gradient over the processes yourself.
+
+    What gathering costs a process, with n keys in the largest batch and P processes: it receives P n keys in their own
+    dtype, and as many numbers of 4 bytes (float64: 8) in the backward, where the gradients of the gathered keys are
+    summed (a reduce-scatter); with ``symmetric`` the queries too. All batches are padded to the largest on the way.
+    Each call first exchanges the sizes. With NCCL alone the host waits for the GPU there; a group that has a CPU
+    backend too, as ``init_process_group("cpu:gloo,cuda:nccl")`` makes, exchanges them on the host and nothing waits.
 
     References:
         van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; learnable scale and symmetric form: Radford et al.
@@ -58,7 +66,8 @@ class InfoNCELoss(nn.Module):
 
     Inputs:
         see the table; the module is called with them in that order. With ``gather=True`` all processes must call it
-        together and give the same kinds of inputs.
+        together, and the same inputs must be given, be of the same dtype and need a gradient on all of them: a process
+        without samples gives tensors of no rows that went through its model. Else all raise a ValueError.
 
     Returns:
         the loss, one element.
@@ -112,8 +121,12 @@ class InfoNCELoss(nn.Module):
         labels, bad = labels.long().clamp(0, max(key.shape[0] - 1, 0)), (labels < 0) | (labels >= key.shape[0])
         if self.symmetric:  # not looked at by the two one-way losses below
             bad = bad | (labels.sort().values.diff() == 0).any()
-        if key_ids is not None and query_ids is None:
-            query_ids = key_ids[labels]
+        # one dtype whatever the processes were given, and one that every back-end exchanges
+        if key_ids is not None:
+            key_ids = key_ids.long()
+            query_ids = key_ids[labels] if query_ids is None else query_ids.long()
+        if log_q is not None:
+            log_q = log_q.to(compute_dtype(query.dtype))
         sizes = batch_sizes(query, key, query_ids, key_ids, log_q)  # (processes, 2): queries, keys
         (queries_before, keys_before), total = sizes[:dist.get_rank()].sum(0).tolist(), int(sizes[:, 0].sum())
         all_keys = gather_rows(key, sizes[:, 1])
@@ -138,20 +151,34 @@ class InfoNCELoss(nn.Module):
                 f"backend={self.backend!r}")
 
 
-def batch_sizes(query: Tensor, key: Tensor, *optional: Tensor | None) -> Tensor:
+def batch_sizes(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor | None,
+                log_q: Tensor | None) -> Tensor:
     """(processes, 2) queries and keys of every process, on the CPU.
 
-    Raises ValueError on every process if they were not given the same kinds of inputs; else a later collective
-    would wait forever.
+    Raises ValueError on every process if the inputs are not of the same kinds on all of them; else a later collective
+    would wait forever, or mix up two of them.
     """
-    kinds = sum(1 << i for i, x in enumerate(optional) if x is not None)
-    own = torch.tensor([query.shape[0], key.shape[0], key.shape[1], kinds], device=query.device)
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    table = torch.stack(found).cpu()
+    inputs = {"query": query, "key": key, "query_ids": query_ids, "key_ids": key_ids, "log_q": log_q}
+    given = [x is not None for x in inputs.values()]
+    trained = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs.values()]
+    # on the CPU, where the group can do that, the host does not have to wait for the GPU
+    device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else query.device
+    own = torch.tensor([[len(query), len(key), key.shape[1], FLOATS.index(key.dtype), *given, *trained]],
+                       device=device)
+    table = own.new_empty(dist.get_world_size(), own.shape[1])
+    all_gather(table, own)
+    table = table.cpu()
     if (table[:, 2:] != table[0, 2:]).any():
-        raise ValueError(f"width of the keys {table[:, 2].tolist()}, set of optional inputs {table[:, 3].tolist()}: "
-                         "these differ between the processes; give all of them the same")
+        kinds: dict[str, list[int]] = {}
+        for rank, (width, dtype, *flags) in enumerate(table[:, 2:].tolist()):
+            there = [name for name, flag in zip(inputs, flags[:5], strict=True) if flag]
+            with_grad = [name for name, flag in zip(inputs, flags[5:], strict=True) if flag]
+            kind = (f"{', '.join(there)} of width {width} and {FLOATS[dtype]}, with a gradient needed for "
+                    f"{', '.join(with_grad) or 'none'}")
+            kinds.setdefault(kind, []).append(rank)
+        raise ValueError("the inputs differ between the processes; all must be given the same ones, with the same "
+                         "width, dtype and requires_grad: "
+                         + "; ".join(f"{kind} on {ranks}" for kind, ranks in kinds.items()))
     return table[:, :2]
 
 
@@ -166,21 +193,43 @@ def gather_rows(x: Tensor, sizes: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
-        # one size for all, as not every back-end exchanges blocks of different sizes
-        block = x.new_zeros(max(sizes), *x.shape[1:])
-        block[:x.shape[0]] = x
-        blocks = [torch.empty_like(block) for _ in sizes]
-        dist.all_gather(blocks, block)
-        return torch.cat([b[:n] for b, n in zip(blocks, sizes, strict=True)])
+    """Blocks of one size travel, padded where needed: not every back-end exchanges blocks of different sizes."""
 
     @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes, largest = sizes, max(sizes)
+        block = x.contiguous()
+        if len(x) < largest:
+            block = x.new_zeros(largest, *x.shape[1:])
+            block[:len(x)] = x
+        gathered = x.new_empty(len(sizes) * largest, *x.shape[1:])
+        if largest:
+            all_gather(gathered, block)
+        if min(sizes) == largest:
+            return gathered
+        return torch.cat([b[:n] for b, n in zip(gathered.split(largest), sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         # every process's loss depends on these rows: their gradient is the sum over the processes, taken in float32
-        wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32, copy=True,
-                       memory_format=torch.contiguous_format)
-        dist.all_reduce(wide)
-        start = sum(ctx.sizes[:dist.get_rank()])
-        return wide[start:start + ctx.sizes[dist.get_rank()]].to(grad.dtype), None
+        sizes, largest = ctx.sizes, max(ctx.sizes)
+        blocks = grad.to(compute_dtype(grad.dtype)).contiguous()
+        if min(sizes) < largest:
+            rows, blocks = blocks.split(sizes), blocks.new_zeros(len(sizes), largest, *grad.shape[1:])
+            for block, own in zip(blocks, rows, strict=True):
+                block[:len(own)] = own
+        summed = blocks.new_empty(largest, *grad.shape[1:])
+        if largest:
+            reduce_scatter(summed, blocks.view(-1, *grad.shape[1:]))
+        return summed[:sizes[dist.get_rank()]].to(grad.dtype), None
+
+
+def all_gather(out: Tensor, own: Tensor) -> None:
+    """``torch.distributed.all_gather_single``, which torch before 2.13 calls differently."""
+    (dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor)(out, own)
+
+
+def reduce_scatter(out: Tensor, blocks: Tensor) -> None:
+    """``torch.distributed.reduce_scatter_single``, which torch before 2.13 calls differently."""
+    (dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor)(out, blocks)

@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml setup.py
 	@echo "setup: 0.2 GB, comes with make setup TORCH_ARGS=\"--index-url URL\"), then transformers, peft and the rest"
 	"$(BIN)/python" -m pip install --disable-pip-version-check $(TORCH) $(TORCH_ARGS)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -e '.[train,cpu,dev]'
+# only its loss is compared with ours, so what else it asks for is left out
+	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps open_clip_torch
 	@touch "$@"
 
 test: $(STAMP)

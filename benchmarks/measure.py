@@ -1,0 +1,162 @@
+"""Time, memory, and what the machine itself can do."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import Inputs
+
+Loss = Callable[[Inputs], Tensor]
+FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
+
+
+@dataclass
+class Spread:
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+        return cls(statistics.median(times), fifths[0], fifths[3])
+
+
+@dataclass
+class Times:
+    forward: Spread
+    backward: Spread
+    total: Spread
+    repeats: int
+
+    @classmethod
+    def of(cls, pairs: list[tuple[float, float]]) -> Times:
+        """From milliseconds of (forward, backward), one pair a repeat."""
+        forward, backward = zip(*pairs, strict=True)
+        return cls(Spread.of(list(forward)), Spread.of(list(backward)), Spread.of([sum(pair) for pair in pairs]),
+                   len(pairs))
+
+
+def step(loss: Loss, inputs: Inputs, mark: Callable[[], object] = lambda: None) -> tuple[Tensor, list]:
+    """Forward and backward into fresh gradients; ``mark()`` before, between and after."""
+    inputs.query.grad = inputs.key.grad = None
+    marks = [mark()]
+    out = loss(inputs)
+    marks.append(mark())
+    out.backward()
+    marks.append(mark())
+    return out.detach(), marks
+
+
+def repeats_in(seconds: float, once: float, least: int, most: int) -> int:
+    return max(least, min(most, int(seconds / max(once, 1e-9))))
+
+
+def time_cpu(losses: dict[str, tuple[Loss, Inputs]], seconds: float, least: int = 5, most: int = 50,
+             stop: Callable[[], bool] = lambda: False) -> dict[str, Times]:
+    """All of them in turn, then all again: whatever else the machine does hits every one alike.
+
+    Expects each to have run before. ``seconds`` is for all together; ``stop()`` ends it after ``least`` repeats.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
+    start, done, repeats = time.perf_counter(), 0, most
+    while done < repeats and not (done >= least and stop()):
+        for name, (loss, inputs) in losses.items():
+            _, (a, b, c) = step(loss, inputs, time.perf_counter)
+            pairs[name].append((1e3 * (b - a), 1e3 * (c - b)))
+            inputs.query.grad = inputs.key.grad = None
+        done += 1
+        repeats = repeats_in(seconds, (time.perf_counter() - start) / done, least, most)
+    return {name: Times.of(found) for name, found in pairs.items()}
+
+
+def event() -> torch.cuda.Event:
+    out = torch.cuda.Event(enable_timing=True)
+    out.record()
+    return out
+
+
+def time_gpu(loss: Loss, inputs: Inputs, seconds: float, least: int = 5, most: int = 100) -> Times:
+    """With events on the stream and a flushed L2 cache, as triton.testing.do_bench does; one implementation at a time,
+    so that the allocator has its blocks ready. Expects it to have run before."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=inputs.query.device)
+    _, (a, _, c) = step(loss, inputs, event)
+    torch.cuda.synchronize()
+    once = 1e-3 * a.elapsed_time(c)
+    found = []
+    for _ in range(repeats_in(seconds, once, least if once < 1 else 3, most)):
+        inputs.query.grad = inputs.key.grad = None
+        flush.zero_()
+        found.append(step(loss, inputs, event)[1])
+    torch.cuda.synchronize()
+    return Times.of([(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in found])
+
+
+def peak_memory(loss: Loss, inputs: Inputs) -> int:
+    """Most bytes held at once during forward and backward beyond the inputs, gradients included.
+
+    On a GPU the allocator's own mark. On a CPU the running sum of every allocation and release that torch reports to
+    its profiler, also inside operators. That is exact and repeats. The resident size of a fresh process does neither:
+    its first call loads code and tables, and freed pages come back late, which together outweighs what an
+    implementation with a small workspace needs.
+    """
+    inputs.query.grad = inputs.key.grad = None
+    gc.collect()
+    if inputs.query.is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(loss, inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(loss, inputs)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        most = max(most, held)
+    return most
+
+
+def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:
+    """Median of a plain call."""
+    times = []
+    for _ in range(repeats + 2):
+        if device == "cuda":
+            a = event()
+            function()
+            b = event()
+            torch.cuda.synchronize()
+            times.append(1e-3 * a.elapsed_time(b))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def matmul_peak(device: str, dtype: torch.dtype, sizes: tuple[int, ...] | None = None) -> float:
+    """Operations per second of torch's own matrix product on random data, the best of some sizes."""
+    sizes = sizes or ((8192, 16384) if device == "cuda" else (2048,))
+    best = 0.0
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        best = max(best, 2 * n**3 / seconds_of(lambda a=a, b=b: a @ b.T, device, 10 if device == "cuda" else 5))
+    return best
+
+
+def copy_bandwidth(device: str, size: int | None = None) -> float:
+    """Bytes per second of a copy, read and written ones counted."""
+    a = torch.randn((size or (1 << 30 if device == "cuda" else 1 << 28)) // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds_of(lambda: b.copy_(a), device, 10)

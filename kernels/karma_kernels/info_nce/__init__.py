@@ -8,7 +8,7 @@ from torch import Tensor
 from ..numerics import compute_dtype
 from . import op
 from .reference import info_nce_rows
-from .routing import has_triton, route
+from .routing import forms_gradients, has_triton, module_of, route
 
 __all__ = ["info_nce"]
 
@@ -85,8 +85,9 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
             loss = losses.sum()
         else:
             gradients = 0
-            if not per_row and torch.is_grad_enabled() and op.forms_gradients(query, key, symmetric, normalize,
-                                                                              backend, workspace_bytes):
+            module = module_of(backend, device, query.dtype)
+            if not per_row and torch.is_grad_enabled() and forms_gradients(
+                    rows, *key.shape, query.dtype, symmetric, normalize, module, workspace_bytes):
                 gradients = sum(bit for bit, x in ((op.QUERY, query), (op.KEY, key), (op.SCALE, scale),
                                                    (op.LOG_Q, log_q)) if x is not None and x.requires_grad)
             loss = op.info_nce_op(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, per_row,
@@ -153,7 +154,7 @@ def check_options(query: Tensor, scale: float | Tensor, reduction: str, backend:
         raise ValueError(f"reduction: got {reduction!r}; mean, sum or none is needed")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; auto, reference, chunked or fused is needed")
-    if backend == "fused":
+    if backend == "fused" and not torch.compiler.is_compiling():  # a compiled function fails when it runs
         check_fused(query)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: got {workspace_bytes!r}; a positive whole number of bytes is needed")

@@ -209,11 +209,6 @@ def add_tile(above: Tensor, top: Tensor, rest: Tensor, dim: int) -> None:
     top.copy_(new)
 
 
-def one_pass_does(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
-                  workspace_bytes: int) -> bool:
-    return Plan.of(rows, keys, width, dtype, symmetric, normalize, workspace_bytes).one_pass
-
-
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
     """(B,) losses, what :func:`backward` needs, and the wanted gradients of the sum of the losses."""
     tiles = Tiles(x)

@@ -36,8 +36,8 @@ SCORES = {
     "hopper": {2: Config(128, 128, 64, 8, 4), 4: Config(128, 64, 32, 8, 3)},
     "blackwell": {2: Config(128, 128, 64, 8, 4), 4: Config(64, 64, 32, 4, 2)},
 }
-# scores come from memory: nothing to multiply, only reads to keep in flight
-EPILOGUE = Config(32, 128, 16, 4, 2)
+# scores come from memory; read ahead they would take more registers than there are
+EPILOGUE = Config(32, 128, 16, 4, 1)
 # the whole width of a row at once: (largest width, config), smallest that fits
 ROWS = {
     "small": {2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(64, 64, 128, 4, 2)), (256, Config(64, 32, 256, 8, 2))],

@@ -22,10 +22,6 @@ from .staged import Accumulators, add_tile
 __all__ = ["INTERPRETED", "backward", "forward"]
 
 
-def one_pass_does(*_) -> bool:
-    return False
-
-
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
     """(B,) losses and what :func:`backward` needs; no gradients yet, forming them here would save nothing."""
     p = Launch.of(x)

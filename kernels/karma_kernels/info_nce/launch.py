@@ -45,7 +45,7 @@ class Launch:
     key: Tensor
     query_norm: Tensor  # (B,) inverse norms; not read without normalize
     key_norm: Tensor
-    query_ids: Tensor  # not read without ids
+    query_ids: Tensor  # int32, not read without ids
     key_ids: Tensor
     log_q: Tensor  # not read without log_q
     scale: Tensor
@@ -57,7 +57,7 @@ class Launch:
         scale = x.scale.contiguous()
         query_norm, query_usable = row_factors(query, x)
         key_norm, key_usable = row_factors(key, x)
-        ids = [scale if i is None else i.long().contiguous() for i in (x.query_ids, x.key_ids)]
+        ids = [scale, scale] if x.key_ids is None else small_ids(x.query_ids, x.key_ids)
         return Launch(x, query, key, query_norm, key_norm, *ids, scale if x.log_q is None else x.log_q.contiguous(),
                       scale, x.valid & query_usable.all() & key_usable.all())
 
@@ -79,6 +79,17 @@ class Launch:
     def by_key(self, values: Tensor, other: float) -> Tensor:
         """(B,) values of the positives -> (N,), ``other`` for keys that are nobody's positive."""
         return values.new_full((self.x.key.shape[0],), other).scatter_(0, self.x.labels, values)
+
+
+def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
+    """int32 ids that are equal where the given ones are: a comparison for each score should be a narrow one."""
+    if max(query_ids.itemsize, key_ids.itemsize) <= 4:
+        return [query_ids.int().contiguous(), key_ids.int().contiguous()]
+    query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()
+    ordered = key_ids.sort().values
+    place = torch.searchsorted(ordered, query_ids)
+    found = ordered[place.clamp(max=len(ordered) - 1)] == query_ids
+    return [torch.where(found, place, -1).int(), torch.searchsorted(ordered, key_ids).int()]
 
 
 def row_factors(x: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

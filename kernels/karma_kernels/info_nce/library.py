@@ -5,7 +5,6 @@ Costs as in ``chunked``. A score takes 4 bytes of workspace and, for inputs of 2
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,24 +14,8 @@ from torch import Tensor
 from . import configs
 from .launch import Factors, Launch, Running, finish_all
 from .problem import Gradients, Problem, Wanted, pieces
+from .routing import library_tile
 from .staged import Accumulators, add_tile
-
-ONE_PASS_ROWS = 1024  # with fewer rows at a time, adding to the gradient of all keys costs more than a second pass
-
-
-def tile_shape(rows: int, keys: int, item: int, symmetric: bool, workspace_bytes: int) -> tuple[int, int, bool]:
-    """(rows, keys) of a tile of scores, and whether one pass does."""
-    scores = max(1, workspace_bytes // (4 + (item if item < 4 else 0) + (1 if symmetric else 0)))
-    if not symmetric and scores // keys >= min(rows, ONE_PASS_ROWS):
-        return min(rows, scores // keys), keys, True
-    tile_rows = min(rows, math.isqrt(scores))
-    tile_keys = min(keys, scores // tile_rows)
-    return min(rows, scores // tile_keys), tile_keys, False
-
-
-def one_pass_does(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
-                  workspace_bytes: int) -> bool:
-    return tile_shape(rows, keys, dtype.itemsize, symmetric, workspace_bytes)[2]
 
 
 class Tiles:
@@ -40,8 +23,8 @@ class Tiles:
 
     def __init__(self, p: Launch) -> None:
         x = p.x
-        self.rows, self.keys, self.one_pass = tile_shape(x.query.shape[0], x.key.shape[0], x.query.itemsize,
-                                                         x.symmetric, x.workspace_bytes)
+        self.rows, self.keys, self.one_pass = library_tile(x.query.shape[0], x.key.shape[0], x.query.itemsize,
+                                                           x.symmetric, x.workspace_bytes)
         self.scores = p.empty(self.rows * self.keys)
         self.gradient = self.scores
         if x.query.dtype != x.dtype:

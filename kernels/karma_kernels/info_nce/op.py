@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -10,33 +11,21 @@ from torch import Tensor
 from ..numerics import compute_dtype
 from . import chunked
 from .problem import Gradients, Problem, Wanted
-from .routing import has_triton
+from .routing import module_of
 
 # bits of `gradients`: which of them the forward forms, for an upstream gradient of 1. An operator does not see what
 # will be asked of it, so its caller says it; 0 leaves all to the backward.
-QUERY, KEY, SCALE, LOG_Q = 1, 2, 4, 8
+BITS = QUERY, KEY, SCALE, LOG_Q = 1, 2, 4, 8
 
 
-def implementation(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    if backend == "fused":
-        from . import fused  # imports triton
-
-        return fused
-    if device.type == "cuda" and dtype != torch.float64 and has_triton():
-        from . import library
-
-        return library
-    return chunked
+def implementation(backend: str, query: Tensor) -> ModuleType:
+    module = module_of(backend, query.device, query.dtype)
+    return chunked if module == "chunked" else importlib.import_module(f"{__package__}.{module}")  # imports triton
 
 
-def forms_gradients(query: Tensor, key: Tensor, symmetric: bool, normalize: bool, backend: str,
-                    workspace_bytes: int) -> bool:
-    """Whether the gradient of a sum costs least in the forward."""
-    if query.shape[0] == 0:
-        return False
-    found = implementation(backend, query.device, query.dtype)
-    return found.one_pass_does(query.shape[0], key.shape[0], query.shape[1], query.dtype, symmetric, normalize,
-                               workspace_bytes)
+def exact(query: Tensor) -> torch.autocast:
+    """A backward called under autocast would have its products made in half precision."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 def problem(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query_ids: Tensor | None,
@@ -66,8 +55,11 @@ def shapes(query: Tensor, key: Tensor, bits: int) -> list[tuple[int, ...]]:
 
 
 def filled(grads: Gradients, query: Tensor, key: Tensor, bits: int, dtypes: list[torch.dtype]) -> list[Tensor]:
-    found = zip((grads.query, grads.key, grads.scale, grads.log_q), shapes(query, key, bits), dtypes, strict=True)
-    return [query.new_zeros(shape, dtype=dtype) if x is None else x.to(dtype) for x, shape, dtype in found]
+    found = [grads.query, grads.key, grads.scale, grads.log_q]
+    if query.shape[0] and any(x is None and bits & bit for x, bit in zip(found, BITS, strict=True)):
+        raise RuntimeError(f"info_nce: gradients {bits:04b} were to be formed and were not; please report this")
+    return [query.new_zeros(shape, dtype=dtype) if x is None else x.to(dtype)
+            for x, shape, dtype in zip(found, shapes(query, key, bits), dtypes, strict=True)]
 
 
 @torch.library.custom_op("karma_kernels::info_nce", mutates_args=())
@@ -80,8 +72,9 @@ def info_nce_op(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query
         losses, saved, grads = query.new_zeros(0, dtype=dtype), query.new_zeros((6 if symmetric else 3, 0),
                                                                                dtype=dtype), Gradients()
     else:
-        x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
-        losses, saved, grads = implementation(backend, query.device, query.dtype).forward(x, wanted(gradients))
+        with exact(query):
+            x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
+            losses, saved, grads = implementation(backend, query).forward(x, wanted(gradients))
     return (losses if per_row else losses.sum(), saved, *filled(grads, query, key, gradients, [dtype] * 4))
 
 
@@ -100,8 +93,9 @@ def backward_op(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query
                 weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = Gradients()
     if query.shape[0]:
-        x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
-        grads = implementation(backend, query.device, query.dtype).backward(x, saved, weights, wanted(gradients))
+        with exact(query):
+            x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
+            grads = implementation(backend, query).backward(x, saved, weights, wanted(gradients))
     return tuple(filled(grads, query, key, gradients, [query.dtype] * 2 + [saved.dtype] * 2))
 
 
@@ -124,23 +118,23 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(ctx, grad_loss, *_):
-    places, bits = (0, 1, 3, 6), (QUERY, KEY, SCALE, LOG_Q)
+    places = (0, 1, 3, 6)
     found: list[Tensor | None] = [None] * 13
     if grad_loss is None:
         return tuple(found)
     if torch.is_grad_enabled():
         raise RuntimeError("info_nce: a gradient of the gradient (create_graph=True) is asked for; only "
                            "backend='reference' has one")
-    needed = sum(bit for place, bit in zip(places, bits, strict=True) if ctx.needs_input_grad[place])
+    needed = sum(bit for place, bit in zip(places, BITS, strict=True) if ctx.needs_input_grad[place])
     if ctx.formed:
-        grads = [g * grad_loss if needed & bit else g for g, bit in zip(ctx.saved_tensors, bits, strict=True)]
+        grads = [g * grad_loss if needed & bit else g for g, bit in zip(ctx.saved_tensors, BITS, strict=True)]
     else:
         symmetric, normalize, backend, workspace_bytes = ctx.options
         *tensors, saved = ctx.saved_tensors
         weights = grad_loss if ctx.per_row else grad_loss.expand(saved.shape[1])
         grads = backward_op(*tensors, symmetric, normalize, needed, backend, workspace_bytes, saved,
                             weights.to(saved.dtype).contiguous())
-    for place, bit, grad in zip(places, bits, grads, strict=True):
+    for place, bit, grad in zip(places, BITS, grads, strict=True):
         if needed & bit:
             found[place] = grad.to(ctx.dtypes[place])
     return tuple(found)

@@ -1,28 +1,72 @@
-"""Which implementation ``backend="auto"`` takes: the fastest that was measured, as data.
+"""Which implementation ``backend="auto"`` takes, and how the work is cut, as arithmetic and data.
 
-``PLAIN_SCORES``: up to so many scores B N the dense reference is faster than the chunked implementation.
+Nothing here imports Triton, so that a compiled function can decide without leaving its graph.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import math
 
 import torch
 
-# forward + backward, float32, 2 threads of an AMD EPYC (AVX-512) with torch 2.13.0; see benchmarks/results
+from .chunked import Plan
+
+# up to so many scores B N the dense reference is the fastest, see benchmarks/results
 PLAIN_SCORES = {"cpu": 1 << 16, "cuda": 1 << 16}
+ONE_PASS_ROWS = 1024  # with fewer rows at a time, adding to the gradient of all keys costs more than a second pass
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def has_tensor_cores(index: int) -> bool:
+    """Those that Triton uses: on older cards its products are plain multiply-adds."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def route(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> str:
     """"reference", "chunked" or "fused"."""
     if device.type not in PLAIN_SCORES or rows * keys <= PLAIN_SCORES[device.type]:
         return "reference"
-    if device.type == "cuda" and dtype.itemsize == 2 and has_triton():
+    if device.type == "cuda" and dtype.itemsize == 2 and has_triton() and has_tensor_cores(device.index or 0):
         return "fused"
     return "chunked"
+
+
+def module_of(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes: "chunked" in plain torch, "library" (chunked with Triton's epilogue) or "fused"."""
+    if backend == "chunked" and device.type == "cuda" and dtype != torch.float64 and has_triton():
+        return "library"
+    return backend
+
+
+def forms_gradients(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
+                    module: str, workspace_bytes: int) -> bool:
+    """Whether the gradient of a sum costs least in the forward: one pass over the scores instead of two."""
+    if rows == 0 or module == "fused":
+        return False
+    if module == "library":
+        return library_tile(rows, keys, dtype.itemsize, symmetric, workspace_bytes)[2]
+    return Plan.of(rows, keys, width, dtype, symmetric, normalize, workspace_bytes).one_pass
+
+
+def library_tile(rows: int, keys: int, item: int, symmetric: bool, workspace_bytes: int) -> tuple[int, int, bool]:
+    """(rows, keys) of a tile of scores, and whether whole rows fit, so that one pass does.
+
+    A score takes 4 bytes, its gradient for 2-byte inputs 2 more, statistics of keys by blocks of rows up to 1.
+    """
+    scores = max(1, workspace_bytes // (4 + (item if item < 4 else 0) + (1 if symmetric else 0)))
+    if not symmetric and scores // keys >= min(rows, ONE_PASS_ROWS):
+        return min(rows, whole_blocks(scores // keys)), keys, True
+    tile_rows = min(rows, whole_blocks(math.isqrt(scores)))
+    tile_keys = min(keys, whole_blocks(scores // tile_rows))
+    return min(rows, whole_blocks(scores // tile_keys)), tile_keys, False
+
+
+def whole_blocks(n: int) -> int:
+    """Rows of a tile start at aligned addresses, where there are many."""
+    return n // 128 * 128 if n >= 128 else max(1, n)

@@ -1,8 +1,9 @@
 """The Triton kernels of InfoNCE. Shapes: queries (B, D), keys (N, D), a tile of scores (M, N).
 
 Logits are ``z = scale * f_i * f_j * <x_i, y_j> (- log_q_j)`` with f the inverse norms (``NORMALIZE``) and are kept in
-units of log2, so that ``exp2`` serves. Sums leave the positive out and are relative to it, see ``problem.Statistics``.
-Offsets of rows are 64 bit. Nothing is added atomically: each output has one writer, so bits repeat.
+units of log2, so that ``exp2`` serves. Sums leave the positive out and are relative to it, see
+``problem.Statistics``. Ids are int32, see ``launch.small_ids``. Offsets of rows are 64 bit. Nothing is added
+atomically: each output has one writer, so bits repeat.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+REGION = ["row_start", "row_stop", "key_start", "key_stop"]  # one compiled kernel for all regions of the scores
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def positives_kernel(q, k, q_factor, k_factor, scale, labels, log_q, plain, posi
     tl.store(positive + rows, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=REGION)
 def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_positive, labels, q_ids, k_ids, log_q,
                       top_out, rest_out, key_top_out, key_rest_out, row_start, row_stop, key_start, key_stop,
                       keys_per_program, D, q_stride, k_stride, scores_stride, HAS_IDS: tl.constexpr,
@@ -104,7 +105,7 @@ def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_pos
     block, part = tl.program_id(0), tl.program_id(1)
     rows = row_start + block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < row_stop
-    label = tl.load(labels + rows, mask=row_inside, other=-1)
+    label = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)
     a = tl.load(scale) * LOG2E
     if NORMALIZE:
         row_factor = tl.load(q_factor + rows, mask=row_inside, other=0.0) * a
@@ -203,7 +204,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
     if HAS_IDS:
         x_id = tl.load(x_ids + xs, mask=x_inside, other=0)
     if QUERY_IS_X:
-        label = tl.load(labels + xs, mask=x_inside, other=-1)
+        label = tl.load(labels + xs, mask=x_inside, other=-1).to(tl.int32)
         x_shift = tl.load(row_shift + xs, mask=x_inside, other=0.0)[:, None]
         x_scale = tl.load(row_factor + xs, mask=x_inside, other=0.0)[:, None]
         x_value = tl.load(value + xs, mask=x_inside, other=0.0)[:, None]
@@ -235,7 +236,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
             is_positive = label[:, None] == ys[None, :]
             shift_r, factor_r, v = x_shift, x_scale, x_value
         else:
-            is_positive = tl.load(labels + ys, mask=y_inside, other=-1)[None, :] == xs[:, None]
+            is_positive = tl.load(labels + ys, mask=y_inside, other=-1).to(tl.int32)[None, :] == xs[:, None]
             shift_r = tl.load(row_shift + ys, mask=y_inside, other=0.0)[None, :]
             factor_r = tl.load(row_factor + ys, mask=y_inside, other=0.0)[None, :]
             v = tl.load(value + ys, mask=y_inside, other=0.0)[None, :]
@@ -262,7 +263,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         tl.store(log_q_out + at, column_sum, mask=x_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=REGION)
 def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale, labels, q_ids, k_ids, log_q,
                          row_shift, row_factor, row_value, key_shift, key_factor, value, row_start, row_stop,
                          key_start, key_stop, D, q_stride, k_stride, scores_stride, out_stride, HAS_IDS: tl.constexpr,
@@ -287,7 +288,7 @@ def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale
                    * tl.load(k_factor + keys, mask=key_inside, other=0.0)[None, :])
         z *= factors
     z *= tl.load(scale) * LOG2E
-    is_positive = tl.load(labels + rows, mask=row_inside, other=-1)[:, None] == keys[None, :]
+    is_positive = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)[:, None] == keys[None, :]
     keep = inside
     if HAS_IDS:
         keep = keep & (tl.load(q_ids + rows, mask=row_inside, other=0)[:, None]

@@ -23,7 +23,10 @@ def path(request, monkeypatch):
         monkeypatch.setattr(routing, "ONE_PASS_ROWS", 1)
         monkeypatch.setattr(routing, "whole_blocks", lambda n: max(1, n))
         return "chunked"
-    monkeypatch.setattr(configs, "WIDEST", 256 if request.param == "rows" else 0)
+    if request.param == "staged":
+        monkeypatch.setattr(configs, "rows", lambda *_: None)
+    else:
+        monkeypatch.setitem(configs.ROWS, 4, [(256, configs.INTERPRETER)])
     return "fused"
 
 

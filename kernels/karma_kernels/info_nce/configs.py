@@ -29,30 +29,21 @@ class Config(NamedTuple):
         return self.block() | {"EVEN_D": width % self.width == 0}
 
 
-# kernel: family: bytes of an element: config
-SCORES = {
-    "small": {2: Config(128, 128, 32, 8, 3), 4: Config(64, 64, 32, 4, 2)},
-    "ampere": {2: Config(128, 128, 64, 8, 3), 4: Config(128, 64, 32, 8, 3)},
-    "hopper": {2: Config(128, 128, 64, 8, 4), 4: Config(128, 64, 32, 8, 3)},
-    "blackwell": {2: Config(128, 128, 64, 8, 4), 4: Config(64, 64, 32, 4, 2)},
-}
+# family: config, for inputs of 2 bytes
+STATISTICS = {"small": Config(128, 128, 32, 8, 3), "ampere": Config(128, 128, 32, 8, 3),
+              "hopper": Config(128, 128, 64, 8, 3), "blackwell": Config(64, 128, 64, 8, 3)}
+GRADIENT = {"small": Config(128, 64, 64, 8, 3), "ampere": Config(128, 64, 64, 8, 3),
+            "hopper": Config(128, 64, 64, 8, 3), "blackwell": Config(64, 64, 64, 8, 3)}
+# fits in registers without ids, log_q and the other direction
+WIDE_GRADIENT = {"small": Config(128, 128, 32, 8, 3), "ampere": Config(128, 128, 64, 8, 3),
+                 "hopper": Config(128, 128, 64, 8, 3), "blackwell": Config(128, 128, 64, 8, 3)}
+FLOAT32 = Config(64, 64, 16, 8, 3)  # for both, everywhere, with TF32 or without
 # scores come from memory; read ahead they would take more registers than there are
-EPILOGUE = Config(32, 128, 16, 4, 1)
-# the whole width of a row at once: (largest width, config), smallest that fits
-ROWS = {
-    "small": {2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(64, 64, 128, 4, 2)), (256, Config(64, 32, 256, 8, 2))],
-              4: [(64, Config(64, 32, 64, 4, 2)), (128, Config(32, 32, 128, 4, 2)), (256, Config(32, 16, 256, 4, 1))]},
-    "ampere": {
-        2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))],
-        4: [(64, Config(64, 64, 64, 8, 2)), (128, Config(64, 32, 128, 8, 2)), (256, Config(32, 32, 256, 8, 1))]},
-    "hopper": {
-        2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 4, 2))],
-        4: [(64, Config(64, 64, 64, 4, 2)), (128, Config(64, 32, 128, 4, 2)), (256, Config(32, 32, 256, 8, 1))]},
-    "blackwell": {
-        2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))],
-        4: [(64, Config(64, 32, 64, 4, 2)), (128, Config(32, 32, 128, 4, 2)), (256, Config(32, 16, 256, 4, 1))]},
-}
-WIDEST = 256  # above, a block of rows of the gradient no longer fits in registers
+EPILOGUE = Config(16, 256, 16, 4, 1)
+# bytes of an element: the whole width of a row at once: (largest width, config), smallest that fits. Above, a block of
+# rows of the gradient no longer fits in registers
+ROWS = {2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))],
+        4: [(64, Config(64, 32, 64, 8, 2))]}
 INTERPRETER = Config(16, 16, 16, 4, 1)
 
 
@@ -67,19 +58,31 @@ def item_bytes(dtype: torch.dtype) -> int:
     return min(dtype.itemsize, 4)
 
 
-def scores(device: torch.device, dtype: torch.dtype) -> Config:
-    return INTERPRETER if device.type == "cpu" else SCORES[family(device)][item_bytes(dtype)]
+def statistics(device: torch.device, dtype: torch.dtype) -> Config:
+    if device.type == "cpu":
+        return INTERPRETER
+    return STATISTICS[family(device)] if item_bytes(dtype) == 2 else FLOAT32
+
+
+def gradient(device: torch.device, dtype: torch.dtype, plain: bool) -> Config:
+    """plain: neither ids nor log_q, one direction."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if item_bytes(dtype) == 4:
+        return FLOAT32
+    return (WIDE_GRADIENT if plain else GRADIENT)[family(device)]
 
 
 def epilogue(device: torch.device) -> Config:
     return INTERPRETER if device.type == "cpu" else EPILOGUE
 
 
-def rows(device: torch.device, dtype: torch.dtype, width: int) -> Config:
-    """For width <= WIDEST."""
-    if device.type == "cpu":
-        return INTERPRETER._replace(width=max(16, 1 << (width - 1).bit_length()))
-    return next(config for widest, config in ROWS[family(device)][item_bytes(dtype)] if width <= widest)
+def rows(device: torch.device, dtype: torch.dtype, width: int) -> Config | None:
+    """None where rows are too wide."""
+    config = next((config for widest, config in ROWS[item_bytes(dtype)] if width <= widest), None)
+    if config is None or device.type != "cpu":
+        return config
+    return INTERPRETER._replace(width=max(16, 1 << (width - 1).bit_length()))
 
 
 def multiprocessors(device: torch.device) -> int:

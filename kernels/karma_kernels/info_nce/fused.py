@@ -1,8 +1,8 @@
 """InfoNCE by the Triton kernels: the scores are formed tile by tile and formed again for the gradient.
 
 Statistics cost 2 B N D operations. The gradient costs 4 B N D for each side while a block of rows fits in registers
-(D <= 256; nothing but the gradient is written), else 6 B N D for both: tiles of G go through the workspace to the
-library's matrix products.
+(D <= 256, or 64 for float32; nothing but the gradient is written), else 6 B N D for both: tiles of G go through the
+workspace to the library's matrix products.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["INTERPRETED", "backward", "forward"]
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
     """(B,) losses and what :func:`backward` needs; no gradients yet, forming them here would save nothing."""
     p = Launch.of(x)
-    running, config = Running.of(p), configs.scores(p.query.device, p.query.dtype)
+    running, config = Running.of(p), configs.statistics(p.query.device, p.query.dtype)
     group = x.query.shape[0]
     if x.symmetric:  # statistics of all keys from each block of rows
         group = config.rows * max(1, x.workspace_bytes // (2 * x.dtype.itemsize * x.key.shape[0]))
@@ -38,12 +38,13 @@ def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Grad
     """Gradients of ``sum_i weights_i loss_i`` in the dtype of the inputs."""
     p = Launch.of(x)
     f = Factors.of(p, saved, weights)
-    if x.query.shape[1] <= configs.WIDEST:
+    if configs.rows(p.query.device, p.query.dtype, p.query.shape[1]) is not None:
         query = row_gradient(p, f, True, False)[0] if wanted.over_query else None
         key, log_q = row_gradient(p, f, False, wanted.log_q) if wanted.over_key else (None, None)
         return finish_all(p, f, wanted, query, key, log_q, x.query.dtype)
     sums = Accumulators.of(p, wanted)
-    config = configs.scores(p.query.device, p.query.dtype)
+    plain = x.key_ids is None and x.log_q is None and not x.symmetric
+    config = configs.gradient(p.query.device, p.query.dtype, plain)
     (rows, keys), space = (x.query.shape[0], x.key.shape[0]), x.workspace_bytes // x.query.itemsize
     tile_rows = min(rows, max(1, math.isqrt(space) // config.rows) * config.rows)
     tile_keys = min(keys, max(1, space // tile_rows // config.keys) * config.keys)
@@ -62,7 +63,7 @@ def row_gradient(p: Launch, f: Factors, query_is_x: bool, log_q_grad: bool) -> t
     width = x.shape[1]
     config = configs.rows(x.device, x.dtype, width)
     blocks = triton.cdiv(x.shape[0], config.rows)
-    parts, per_part = parts_of(blocks, y.shape[0], config.keys, x.device)
+    parts, per_part = parts_of(blocks, y.shape[0], config.keys, x.device, 2)
     most = max(1, p.x.workspace_bytes // (x.shape[0] * width * p.x.dtype.itemsize))
     if parts > most:
         per_part = triton.cdiv(triton.cdiv(y.shape[0], most), config.keys) * config.keys

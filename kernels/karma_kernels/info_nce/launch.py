@@ -19,7 +19,6 @@ INTERPRETED = not isinstance(kernels.statistics_kernel, JITFunction)
 LOG2E = math.log2(math.e)
 # squares of the norms and products of two rows stay in the range of float32
 SHORTEST, LONGEST = 2.0**-50, 2.0**50
-WAVES = 8  # programs for each multiprocessor, so that the last ones to finish matter little
 FP16_RANGE = 2.0**14  # gradients for scores, at most 2, times this: 1 / N stays a normal number of float16
 
 
@@ -32,8 +31,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def aligned(x: Tensor) -> Tensor:
+    """x itself where its rows can be read 16 bytes at a time, else a copy, zeros up to a multiple of 16 numbers."""
+    width, stride = x.shape[1], x.stride(0) if len(x) > 1 else 16
+    if x.stride(1) == 1 and width % 16 == 0 and stride % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -width % 16)).contiguous()
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Launch:
     """A problem with what every kernel needs of it."""
 
     x: Problem
-    query: Tensor
-    key: Tensor
+    query: Tensor  # (B, D), aligned: D may have grown by zeros
+    key: Tensor  # (N, D)
     query_norm: Tensor  # (B,) inverse norms; not read without normalize
     key_norm: Tensor
     query_ids: Tensor  # int32, not read without ids
@@ -53,7 +56,7 @@ class Launch:
 
     @staticmethod
     def of(x: Problem) -> Launch:
-        query, key = unit_stride(x.query), unit_stride(x.key)
+        query, key = aligned(x.query), aligned(x.key)
         scale = x.scale.contiguous()
         query_norm, query_usable = row_factors(query, x)
         key_norm, key_usable = row_factors(key, x)
@@ -63,8 +66,9 @@ class Launch:
 
     def rows(self, r: slice) -> Launch:
         """The same for some of the queries."""
-        x = replace(self.x, query=self.query[r], labels=self.x.labels[r])
-        return replace(self, x=x, query=x.query, query_norm=self.query_norm[r] if x.normalize else self.query_norm,
+        x = replace(self.x, query=self.x.query[r], labels=self.x.labels[r])
+        query_norm = self.query_norm[r] if x.normalize else self.query_norm
+        return replace(self, x=x, query=self.query[r], query_norm=query_norm,
                        query_ids=self.query_ids if x.query_ids is None else self.query_ids[r])
 
     @property
@@ -114,10 +118,10 @@ def positives(p: Launch) -> tuple[Tensor, Tensor]:
     return plain, whole
 
 
-def parts_of(blocks: int, length: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """(parts, length of a part): so many that all multiprocessors have work, in multiples of a tile."""
+def parts_of(blocks: int, length: int, tile: int, device: torch.device, programs: int) -> tuple[int, int]:
+    """(parts, length of a part): so many that each multiprocessor has some programs, in multiples of a tile."""
     tiles = triton.cdiv(length, tile)
-    parts = min(tiles, max(1, triton.cdiv(WAVES * configs.multiprocessors(device), blocks)))
+    parts = min(tiles, max(1, triton.cdiv(programs * configs.multiprocessors(device), blocks)))
     per_part = triton.cdiv(tiles, parts)
     return triton.cdiv(tiles, per_part), per_part * tile
 
@@ -161,10 +165,10 @@ class Running:
         """``scores`` (R, K) float: products of the rows; None forms them."""
         rows, keys = r.stop - r.start, k.stop - k.start
         blocks = triton.cdiv(rows, config.rows)
-        parts, per_part = parts_of(blocks, keys, config.keys, p.query.device)
+        parts, per_part = parts_of(blocks, keys, config.keys, p.query.device, 32)
         top, rest = p.empty(parts, rows), p.empty(parts, rows)
         key_top, key_rest = (p.empty(blocks, keys), p.empty(blocks, keys)) if p.x.symmetric else (top, rest)
-        kernels.statistics_kernel[(blocks, parts)](
+        kernels.statistics_kernel[(blocks * parts,)](
             p.query, p.key, p.scale if scores is None else scores, p.query_norm, p.key_norm, p.scale, self.positive,
             self.key_positive, p.x.labels, p.query_ids, p.key_ids, p.log_q, top, rest, key_top, key_rest, r.start,
             r.stop, k.start, k.stop, per_part, p.query.shape[1], p.query.stride(0), p.key.stride(0),
@@ -237,7 +241,8 @@ def finish(p: Launch, f: Factors, x: Tensor, x_norm: Tensor, sums: Tensor,
     kernels.finish_kernel[(triton.cdiv(rows, block),)](
         x, sums, x_norm, multiplier, out, along, rows, width, parts, rows * width, x.stride(0),
         NORMALIZE=p.x.normalize, ALONG=scale_grad, ACC=accumulator(x.dtype), BLOCK_R=block, BLOCK_D=128, num_warps=4)
-    return out, along.sum() * f.multiplier if scale_grad else None
+    true_width = p.x.query.shape[1]
+    return out[:, :true_width].contiguous(), along.sum() * f.multiplier if scale_grad else None
 
 
 def finish_all(p: Launch, f: Factors, wanted: Wanted, query_sums: Tensor | None, key_sums: Tensor | None,

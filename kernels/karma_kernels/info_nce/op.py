@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -23,9 +25,13 @@ def implementation(backend: str, query: Tensor) -> ModuleType:
     return chunked if module == "chunked" else importlib.import_module(f"{__package__}.{module}")  # imports triton
 
 
-def exact(query: Tensor) -> torch.autocast:
-    """A backward called under autocast would have its products made in half precision."""
-    return torch.autocast(query.device.type, enabled=False)
+@contextlib.contextmanager
+def undisturbed(query: Tensor) -> Iterator[None]:
+    """No half precision where the backward is called under autocast; Triton launches on the tensors' own device."""
+    device = query.device
+    with torch.autocast(device.type, enabled=False), \
+            torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        yield
 
 
 def problem(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query_ids: Tensor | None,
@@ -72,7 +78,7 @@ def info_nce_op(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query
         losses, saved, grads = query.new_zeros(0, dtype=dtype), query.new_zeros((6 if symmetric else 3, 0),
                                                                                dtype=dtype), Gradients()
     else:
-        with exact(query):
+        with undisturbed(query):
             x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
             losses, saved, grads = implementation(backend, query).forward(x, wanted(gradients))
     return (losses if per_row else losses.sum(), saved, *filled(grads, query, key, gradients, [dtype] * 4))
@@ -93,7 +99,7 @@ def backward_op(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query
                 weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = Gradients()
     if query.shape[0]:
-        with exact(query):
+        with undisturbed(query):
             x = problem(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, workspace_bytes)
             grads = implementation(backend, query).backward(x, saved, weights, wanted(gradients))
     return tuple(filled(grads, query, key, gradients, [query.dtype] * 2 + [saved.dtype] * 2))

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-REGION = ["row_start", "row_stop", "key_start", "key_stop"]  # one compiled kernel for all regions of the scores
+
+
+@triton.jit
+def grouped(blocks, others, GROUP: tl.constexpr):
+    """(block, other) of a program: those that run together share few blocks and few others, kept in the cache."""
+    index = tl.program_id(0)
+    start = index // (GROUP * others) * GROUP
+    size = tl.minimum(blocks - start, GROUP)
+    within = index % (GROUP * others)
+    return start + within % size, within // size
 
 
 @triton.jit
@@ -90,7 +99,7 @@ def positives_kernel(q, k, q_factor, k_factor, scale, labels, log_q, plain, posi
     tl.store(positive + rows, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=REGION)
+@triton.jit
 def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_positive, labels, q_ids, k_ids, log_q,
                       top_out, rest_out, key_top_out, key_rest_out, row_start, row_stop, key_start, key_stop,
                       keys_per_program, D, q_stride, k_stride, scores_stride, HAS_IDS: tl.constexpr,
@@ -99,10 +108,10 @@ def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_pos
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
     """Largest excess over the positive and sum of exp2 of a block of rows over some keys; and of keys over the block.
 
-    Grid: (blocks of rows, parts of the keys). ``top_out``, ``rest_out``: (parts, rows); ``key_top_out``,
+    Grid: blocks of rows times parts of the keys. ``top_out``, ``rest_out``: (parts, rows); ``key_top_out``,
     ``key_rest_out``: (blocks of rows, keys), with ``SYMMETRIC``. Rows and keys count from row_start and key_start.
     """
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = grouped(tl.cdiv(row_stop - row_start, BLOCK_M), tl.cdiv(key_stop - key_start, keys_per_program), 16)
     rows = row_start + block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows < row_stop
     label = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)
@@ -263,7 +272,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         tl.store(log_q_out + at, column_sum, mask=x_inside)
 
 
-@triton.jit(do_not_specialize=REGION)
+@triton.jit
 def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale, labels, q_ids, k_ids, log_q,
                          row_shift, row_factor, row_value, key_shift, key_factor, value, row_start, row_stop,
                          key_start, key_stop, D, q_stride, k_stride, scores_stride, out_stride, HAS_IDS: tl.constexpr,
@@ -271,10 +280,13 @@ def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale
                          SYMMETRIC: tl.constexpr, FROM_SCORES: tl.constexpr, ACC: tl.constexpr,
                          PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """G itself, (rows, keys), for the library's matrix products. ``log_q_out``: (blocks of rows, keys)."""
-    block = tl.program_id(1)
+    """G itself, (rows, keys), for the library's matrix products. ``log_q_out``: (blocks of rows, keys).
+
+    Grid: blocks of rows times blocks of keys.
+    """
+    block, key_block = grouped(tl.cdiv(row_stop - row_start, BLOCK_M), tl.cdiv(key_stop - key_start, BLOCK_N), 16)
     rows = row_start + block * BLOCK_M + tl.arange(0, BLOCK_M)
-    keys = key_start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = key_start + key_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, key_inside = rows < row_stop, keys < key_stop
     inside = row_inside[:, None] & key_inside[None, :]
     row_at, key_at = (rows - row_start).to(tl.int64)[:, None], (keys - key_start)[None, :]

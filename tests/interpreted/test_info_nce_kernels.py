@@ -25,8 +25,6 @@ def path(request, monkeypatch):
         return "chunked"
     if request.param == "staged":
         monkeypatch.setattr(configs, "rows", lambda *_: None)
-    else:
-        monkeypatch.setitem(configs.ROWS, 4, [(256, configs.INTERPRETER)])
     return "fused"
 
 

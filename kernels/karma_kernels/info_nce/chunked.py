@@ -51,21 +51,20 @@ class Side:
     def __init__(self, x: Tensor, problem: Problem) -> None:
         self.x, self.dtype, self.normalize = x, problem.dtype, problem.normalize
         self.piece = max(1, problem.workspace_bytes // 8 // (x.shape[1] * problem.dtype.itemsize))
-        largest = [torch.linalg.vector_norm(x[r].to(self.dtype), torch.inf, dim=1)
-                   for r in pieces(0, len(x), self.piece)]
-        largest = torch.cat(largest)
-        self.finite = torch.isfinite(largest).all()
         self.inverse = None  # (R,) 1 / norm
-        if self.normalize:
-            zero = largest == 0
-            by = largest.masked_fill(zero, 1).unsqueeze(1)
-            norms = torch.cat([torch.linalg.vector_norm(x[r].to(self.dtype) / by[r], dim=1)
-                               for r in pieces(0, len(x), self.piece)])
-            inverse = 1 / by.squeeze(1) / norms.masked_fill(zero, 1)
-            # the inverse of the length of a row at the very end of the range of numbers is none that can be used
-            usable = (inverse >= torch.finfo(self.dtype).tiny) & torch.isfinite(inverse)
-            self.finite = self.finite & usable.all()
-            self.inverse = inverse.masked_fill(zero, 0)
+        if not self.normalize:
+            self.finite = torch.isfinite(torch.stack(x.aminmax())).all()
+            return
+        largest = torch.cat([torch.linalg.vector_norm(x[r].to(self.dtype), torch.inf, dim=1)
+                             for r in pieces(0, len(x), self.piece)])
+        zero = largest == 0
+        by = largest.masked_fill(zero, 1).unsqueeze(1)
+        norms = torch.cat([torch.linalg.vector_norm(x[r].to(self.dtype) / by[r], dim=1)
+                           for r in pieces(0, len(x), self.piece)])
+        inverse = 1 / by.squeeze(1) / norms.masked_fill(zero, 1)
+        # the inverse of the length of a row at the very end of the range of numbers is none that can be used
+        self.finite = ((inverse >= torch.finfo(self.dtype).tiny) & torch.isfinite(inverse)).all()
+        self.inverse = inverse.masked_fill(zero, 0)
 
     def rows(self, r: slice) -> Tensor:
         x = self.x[r].to(self.dtype)

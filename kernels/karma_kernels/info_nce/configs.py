@@ -29,21 +29,27 @@ class Config(NamedTuple):
         return self.block() | {"EVEN_D": width % self.width == 0}
 
 
-# family: config, for inputs of 2 bytes
-STATISTICS = {"small": Config(128, 128, 32, 8, 3), "ampere": Config(128, 128, 32, 8, 3),
-              "hopper": Config(128, 128, 64, 8, 3), "blackwell": Config(64, 128, 64, 8, 3)}
-GRADIENT = {"small": Config(128, 64, 64, 8, 3), "ampere": Config(128, 64, 64, 8, 3),
-            "hopper": Config(128, 64, 64, 8, 3), "blackwell": Config(64, 64, 64, 8, 3)}
-# fits in registers without ids, log_q and the other direction
-WIDE_GRADIENT = {"small": Config(128, 128, 32, 8, 3), "ampere": Config(128, 128, 64, 8, 3),
-                 "hopper": Config(128, 128, 64, 8, 3), "blackwell": Config(128, 128, 64, 8, 3)}
-FLOAT32 = Config(64, 64, 16, 8, 3)  # for both, everywhere, with TF32 or without
+# family: (statistics, gradient of a tile), for inputs of 2 bytes
+FULL = {"small": (Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
+        "ampere": (Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
+        "hopper": (Config(64, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
+        "blackwell": (Config(64, 128, 64, 8, 3), Config(64, 64, 64, 8, 3))}
+# without ids, log_q and the other direction more scores fit in registers
+PLAIN = {"small": (Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
+         "ampere": (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3)),
+         "hopper": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+         "blackwell": (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3))}
+# both, for inputs of 4 bytes, with TF32 or without
+FLOAT32 = {"small": Config(64, 64, 16, 8, 3), "ampere": Config(64, 64, 16, 8, 3), "hopper": Config(64, 64, 16, 8, 3),
+           "blackwell": Config(64, 64, 32, 8, 2)}
 # scores come from memory; read ahead they would take more registers than there are
 EPILOGUE = Config(16, 256, 16, 4, 1)
-# bytes of an element: the whole width of a row at once: (largest width, config), smallest that fits. Above, a block of
-# rows of the gradient no longer fits in registers
-ROWS = {2: [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))],
-        4: [(64, Config(64, 32, 64, 8, 2))]}
+# the whole width of a row at once: (largest width, config), smallest that fits. Above, a block of rows of the gradient
+# no longer fits in registers
+_HALF = [(64, Config(128, 64, 64, 8, 2)), (128, Config(64, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))]
+_WHOLE = [(64, Config(128, 64, 64, 8, 2)), (128, Config(128, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))]
+ROWS = {"small": _HALF, "ampere": _HALF, "hopper": _WHOLE, "blackwell": _WHOLE}
+ROWS_FLOAT32 = [(64, Config(64, 32, 64, 8, 2))]
 INTERPRETER = Config(16, 16, 16, 4, 1)
 
 
@@ -54,23 +60,13 @@ def family(device: torch.device) -> str:
     return {8: "ampere", 9: "hopper"}.get(major, "blackwell")
 
 
-def item_bytes(dtype: torch.dtype) -> int:
-    return min(dtype.itemsize, 4)
-
-
-def statistics(device: torch.device, dtype: torch.dtype) -> Config:
+def tiles(device: torch.device, dtype: torch.dtype, plain: bool) -> tuple[Config, Config]:
+    """For the statistics and for the gradient; plain: neither ids nor log_q, one direction."""
     if device.type == "cpu":
-        return INTERPRETER
-    return STATISTICS[family(device)] if item_bytes(dtype) == 2 else FLOAT32
-
-
-def gradient(device: torch.device, dtype: torch.dtype, plain: bool) -> Config:
-    """plain: neither ids nor log_q, one direction."""
-    if device.type == "cpu":
-        return INTERPRETER
-    if item_bytes(dtype) == 4:
-        return FLOAT32
-    return (WIDE_GRADIENT if plain else GRADIENT)[family(device)]
+        return INTERPRETER, INTERPRETER
+    if dtype.itemsize > 2:
+        return FLOAT32[family(device)], FLOAT32[family(device)]
+    return (PLAIN if plain else FULL)[family(device)]
 
 
 def epilogue(device: torch.device) -> Config:
@@ -79,10 +75,10 @@ def epilogue(device: torch.device) -> Config:
 
 def rows(device: torch.device, dtype: torch.dtype, width: int) -> Config | None:
     """None where rows are too wide."""
-    config = next((config for widest, config in ROWS[item_bytes(dtype)] if width <= widest), None)
-    if config is None or device.type != "cpu":
-        return config
-    return INTERPRETER._replace(width=max(16, 1 << (width - 1).bit_length()))
+    if device.type == "cpu":
+        return INTERPRETER._replace(width=max(16, 1 << (width - 1).bit_length()))
+    configs = ROWS_FLOAT32 if dtype.itemsize > 2 else ROWS[family(device)]
+    return next((config for widest, config in configs if width <= widest), None)
 
 
 def multiprocessors(device: torch.device) -> int:

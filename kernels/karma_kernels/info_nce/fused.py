@@ -25,7 +25,7 @@ __all__ = ["INTERPRETED", "backward", "forward"]
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
     """(B,) losses and what :func:`backward` needs; no gradients yet, forming them here would save nothing."""
     p = Launch.of(x)
-    running, config = Running.of(p), configs.statistics(p.query.device, p.query.dtype)
+    running, config = Running.of(p), configs.tiles(p.query.device, p.query.dtype, x.plain)[0]
     group = x.query.shape[0]
     if x.symmetric:  # statistics of all keys from each block of rows
         group = config.rows * max(1, x.workspace_bytes // (2 * x.dtype.itemsize * x.key.shape[0]))
@@ -43,8 +43,7 @@ def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Grad
         key, log_q = row_gradient(p, f, False, wanted.log_q) if wanted.over_key else (None, None)
         return finish_all(p, f, wanted, query, key, log_q, x.query.dtype)
     sums = Accumulators.of(p, wanted)
-    plain = x.key_ids is None and x.log_q is None and not x.symmetric
-    config = configs.gradient(p.query.device, p.query.dtype, plain)
+    config = configs.tiles(p.query.device, p.query.dtype, x.plain)[1]
     (rows, keys), space = (x.query.shape[0], x.key.shape[0]), x.workspace_bytes // x.query.itemsize
     tile_rows = min(rows, max(1, math.isqrt(space) // config.rows) * config.rows)
     tile_keys = min(keys, max(1, space // tile_rows // config.keys) * config.keys)

@@ -33,6 +33,11 @@ class Problem:
         return compute_dtype(self.query.dtype)
 
     @property
+    def plain(self) -> bool:
+        """Neither ids nor log_q, one direction: kernels need far fewer registers."""
+        return self.key_ids is None and self.log_q is None and not self.symmetric
+
+    @property
     def direction_weight(self) -> float:
         return 0.5 if self.symmetric else 1.0
 

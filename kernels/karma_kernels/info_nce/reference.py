@@ -15,10 +15,9 @@ def nll_rows(logits: Tensor, positive: Tensor, dropped: Tensor | None) -> Tensor
     the probability of the positive is near 1.
     """
     column = positive.unsqueeze(1)
-    left_out = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, column, True)
+    above = (logits - logits.gather(1, column)).scatter(1, column, -torch.inf)
     if dropped is not None:
-        left_out |= dropped
-    above = (logits - logits.gather(1, column)).masked_fill(left_out, -torch.inf)
+        above = above.masked_fill(dropped, -torch.inf)
     top = above.detach().amax(dim=1).clamp_min(0)
     others = (above - top.unsqueeze(1)).exp().sum(dim=1)
     return top + torch.log1p(others + torch.expm1(-top))

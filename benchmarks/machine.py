@@ -34,7 +34,7 @@ def describe(device: str) -> dict:
         properties = torch.cuda.get_device_properties(0)
         return about | {"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
                         "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda,
-                        "float32_matmul": torch.get_float32_matmul_precision()}
+                        "float32_matmul": torch.backends.cuda.matmul.fp32_precision}
     threads = torch.get_num_threads()
     return about | {"name": f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}",
                     "capability": torch.backends.cpu.get_cpu_capability()}

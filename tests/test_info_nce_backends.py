@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from karma_fast import InfoNCELoss
 from karma_kernels import info_nce
@@ -170,6 +171,12 @@ def test_opcheck(symmetric, per_row, formed):
     bits = op.QUERY | op.KEY | op.SCALE | op.LOG_Q if formed else 0
     args = [leaves.get(n) for n in ("query", "key", "labels", "scale", "query_ids", "key_ids", "log_q")]
     torch.library.opcheck(op.info_nce_op, (*args, symmetric, True, per_row, bits, "chunked", 1 << 20))
+    if not formed:
+        saved = op.info_nce_op(*args, symmetric, True, per_row, bits, "chunked", 1 << 20)[1].detach()
+        args = [None if x is None else x.detach() for x in args]
+        for wanted in (15, *op.BITS):
+            torch.library.opcheck(op.backward_op, (*args, symmetric, True, wanted, "chunked", 1 << 20, saved,
+                                                   torch.ones(7)), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -260,6 +267,40 @@ def test_the_gradient_of_the_gradient_is_refused():
         loss = info_nce(**(inputs | {"query": query}), reduction=reduction, backend="chunked").sum()
         with pytest.raises(RuntimeError, match="backend='reference'"):
             torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_derivatives_that_only_the_reference_has():
+    inputs = make()
+    query, tangent = inputs["query"], torch.randn(7, 5, dtype=torch.float64)
+
+    def loss(backend):
+        return lambda q: info_nce(**(inputs | {"query": q}), backend=backend)
+
+    # so many that auto would not take the reference for their number
+    many, key, direction = (torch.randn(2000, 4, dtype=torch.float64) for _ in range(3))
+    leaf = many.clone().requires_grad_()
+    exact = torch.autograd.grad(info_nce(leaf, key, scale=2.0, backend="reference"), leaf)[0]
+    _, found = torch.func.jvp(lambda q: info_nce(q, key, scale=2.0), (many,), (direction,))
+    torch.testing.assert_close(found, (exact * direction).sum())
+    torch.testing.assert_close(torch.func.grad(lambda q: info_nce(q, key, scale=2.0))(many), exact)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.jvp(loss("chunked"), (query,), (tangent,))
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.grad(loss("chunked"))(query)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="backend='reference'"):
+        loss("chunked")(forward_ad.make_dual(query, tangent))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_large_logits_in_float32(symmetric, reduction):
+    """The sums are relative to exactly one of the logits, however large they are."""
+    inputs = make(300, 400, 8, dtype=torch.float32) | {"scale": torch.tensor(1e6)}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    options = {"symmetric": symmetric, "reduction": reduction}
+    found, expected = gradients(inputs, backend="chunked", **options), gradients(exact, backend="reference", **options)
+    for a, b in zip(found[1:4], expected[1:4], strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * b.norm()
 
 
 @pytest.mark.parametrize("keys", [0, 3])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from karma_kernels import info_nce
-from karma_kernels.info_nce import configs, fused, library, op, routing
+from karma_kernels.info_nce import configs, fused, launch, library, op, routing
 from karma_kernels.info_nce.problem import Wanted
 
 FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
@@ -20,7 +20,7 @@ def path(request, monkeypatch):
     """rows: fused, a whole row of the gradient at once; staged: fused, wide rows; library: chunked on a GPU."""
     if request.param == "library":
         monkeypatch.setattr(op, "implementation", lambda backend, query: library)
-        monkeypatch.setattr(routing, "ONE_PASS_ROWS", 1)
+        monkeypatch.setattr(routing, "LIBRARY_ONE_PASS_ROWS", 1)
         monkeypatch.setattr(routing, "whole_blocks", lambda n: max(1, n))
         return "chunked"
     if request.param == "staged":
@@ -104,6 +104,49 @@ def test_small_gradients_survive_float16(path):
     found = gradients({"query": query, "key": key, "scale": torch.tensor(16.118)}, torch.tensor(1e-3), backend=path)
     p = 1 / (1 + torch.tensor(16.118, dtype=torch.float64).exp())
     assert found[3].item() == pytest.approx(-p.item() * 1e-3, rel=2e-3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("length", [0.01, 0.3, 20000.0])
+def test_float16_rows_of_any_length(path, length, symmetric):
+    """G with the inverse lengths in it must neither overflow nor vanish in float16."""
+    inputs = make(rows=17, keys=33, width=16, dtype=torch.float16)
+    inputs["scale"], inputs["log_q"] = torch.tensor(14.0), inputs["log_q"].float()
+    for name in ("query", "key"):
+        inputs[name] = torch.nn.functional.normalize(inputs[name].double()).mul(length).half()
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    # so large that float16 holds the results
+    upstream, options = torch.tensor(length), {"normalize": True, "symmetric": symmetric, "reduction": "sum"}
+    found = gradients(inputs, upstream, backend=path, **options)
+    expected = gradients(exact, upstream, backend="reference", **options)
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_large_logits_in_float32(path, symmetric):
+    """The sums are relative to exactly one of the logits, however large they are."""
+    inputs = make(rows=17, keys=33, width=16, dtype=torch.float32) | {"scale": torch.tensor(1e5)}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    for reduction in ("none", "mean"):
+        options = {"symmetric": symmetric, "reduction": reduction}
+        found = gradients(inputs, torch.tensor(1.0), backend=path, **options)
+        expected = gradients(exact, torch.tensor(1.0), backend="reference", **options)
+        for a, b in zip(found[1:4], expected[1:4], strict=True):
+            assert (a.double() - b).norm() <= 1e-3 * b.norm()
+
+
+def test_products_follow_torchs_setting(path, monkeypatch):
+    """Whichever of torch's ways TF32 was asked for by; reading it by another one would raise."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert launch.precision(torch.float32) == setting
+            assert launch.precision(torch.bfloat16) == "ieee"
+            gradients(make(dtype=torch.float32), torch.tensor(1.0), backend=path)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

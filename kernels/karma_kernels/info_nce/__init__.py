@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..numerics import compute_dtype
 from . import op
@@ -43,11 +46,13 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
             ``query_ids[k] == key_ids[labels[i]]``. ``log_q`` is not used in that direction. Labels must be distinct.
         reduction: "mean", "sum" or "none" ((B,) losses).
         normalize: L2-normalise query and key first. A zero row stays zero and gets a zero gradient.
-        backend: "reference" is the definition, holds the (B, N) scores in memory and alone has second derivatives.
+        backend: "reference" is the definition, holds the (B, N) scores in memory and alone has second derivatives and
+            forward-mode ones, and runs under ``torch.func``'s transforms.
             "chunked" works on tiles of scores within ``workspace_bytes``, with the library's matrix products. "fused"
             are Triton kernels for CUDA devices; float64 is not for them. "auto" takes the fastest.
-        workspace_bytes: limit for temporary memory of "chunked" and "fused", besides gradient accumulators in float32
-            and a few numbers for each row and key.
+        workspace_bytes: limit for temporary memory of "chunked" and "fused", besides gradient accumulators in float32,
+            a few numbers for each row and key and, on CUDA devices, copies of inputs whose rows are not contiguous,
+            not aligned to 16 bytes or not a multiple of 16 wide.
 
     Returns:
         float64 for float64 inputs, else float32: half precision is computed in float32, under autocast too. A
@@ -57,7 +62,8 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes, devices or options; on a CPU also labels out of range, and
             repeated ones with ``symmetric``. On other devices, and in a compiled function, these give NaN, so that
-            nothing has to wait for a check. RuntimeError: "fused" without a CUDA device or without Triton.
+            nothing has to wait for a check. RuntimeError: "fused" without a CUDA device or without Triton; derivatives
+            that only "reference" has.
 
     Example:
         >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -69,6 +75,11 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
     """
     check_inputs(query, key, labels, query_ids, key_ids, log_q, symmetric)
     check_options(query, scale, reduction, backend, workspace_bytes)
+    if transformed(query, key, log_q, scale):
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(f"backend {backend!r} has no forward-mode derivatives and does not run under "
+                               "torch.func's transforms; take backend='reference' or 'auto'")
+        backend = "reference"
     rows, device = query.shape[0], query.device
     if labels is None:
         labels = torch.arange(rows, device=device)
@@ -122,9 +133,10 @@ def check_inputs(query: Tensor, key: Tensor, labels: Tensor | None = None, query
             raise ValueError(f"{name} is on {x.device} and query on {query.device}; move one of them")
         if x.shape != (size,):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; ({size},) is needed")
-        allowed, kind = (FLOATS, "a floating") if name == "log_q" else (INTEGERS, "an integer")
+        allowed = FLOATS if name == "log_q" else INTEGERS
         if x.dtype not in allowed:
-            raise TypeError(f"{name}: got dtype {x.dtype}; {kind} dtype is needed")
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{name}: got dtype {x.dtype}; one of {names} is needed")
     if query_ids is not None and key_ids is None:
         raise ValueError("query_ids given without key_ids; give key_ids too, ids are compared with those of the keys")
     if labels is None:
@@ -148,7 +160,7 @@ def check_options(query: Tensor, scale: float | Tensor, reduction: str, backend:
                              "needed")
         if scale.device != query.device:
             raise ValueError(f"scale is on {scale.device} and query on {query.device}; move one of them")
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: got {type(scale).__name__}; a number or a tensor with one element is needed")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}; mean, sum or none is needed")
@@ -160,6 +172,16 @@ def check_options(query: Tensor, scale: float | Tensor, reduction: str, backend:
         raise ValueError(f"workspace_bytes: got {workspace_bytes!r}; a positive whole number of bytes is needed")
 
 
+def transformed(*tensors: Tensor | float | None) -> bool:
+    """Under ``torch.func.grad`` and the like, or with tangents: an operator would give zero derivatives, silently."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
 def check_fused(query: Tensor) -> None:
     if not has_triton():
         raise RuntimeError("backend 'fused' needs Triton, which is not installed: pip install triton, or take "
@@ -168,8 +190,8 @@ def check_fused(query: Tensor) -> None:
 
     if INTERPRETED:
         return
-    if query.device.type == "cpu":
+    if query.device.type != "cuda":
         raise RuntimeError("backend 'fused' needs tensors on a CUDA device (or Triton's interpreter, for checks); "
-                           "query is on the CPU, take backend='chunked' or 'auto'")
+                           f"query is on {query.device}, take backend='chunked' or 'auto'")
     if query.dtype == torch.float64:
         raise ValueError("backend 'fused' does not take float64; take backend='chunked' or 'auto'")

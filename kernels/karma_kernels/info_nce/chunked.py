@@ -143,16 +143,16 @@ class Tiles:
 
     def statistics(self) -> tuple[Statistics, Statistics | None]:
         x = self.x
-        top, rest = torch.zeros_like(self.positive), torch.zeros_like(self.positive)
-        if x.symmetric:  # relative to +inf, keys that are nobody's positive count nothing
-            by_key = self.by_key(self.positive, torch.inf)
-            key_top, key_rest = torch.zeros_like(by_key), torch.zeros_like(by_key)
+        top, rest = self.row_positive.clone(), torch.zeros_like(self.positive)
+        if x.symmetric:  # under the largest number, keys that are nobody's positive count nothing
+            key_top = self.by_key(self.positive, torch.finfo(x.dtype).max)
+            key_rest = torch.zeros_like(key_top)
         for r in self.row_pieces():
             for c in self.key_pieces():
                 tile = self.scores(r, c)
                 if x.symmetric:
-                    add_tile(self.second(tile).sub_(by_key[c]), key_top[c], key_rest[c], 0)
-                add_tile(self.row_logits(tile, c).sub_(self.row_positive[r].unsqueeze(1)), top[r], rest[r], 1)
+                    add_logits(self.second(tile), key_top[c], key_rest[c], 0)
+                add_logits(self.row_logits(tile, c), top[r], rest[r], 1)
         rows = Statistics.of(self.row_positive, top, rest)
         if not x.symmetric:
             return rows, None
@@ -200,24 +200,24 @@ def drop_equal(tile: Tensor, row_ids: Tensor, key_ids: Tensor) -> None:
     tile.masked_fill_(row_ids.unsqueeze(1) == key_ids, -torch.inf)
 
 
-def add_tile(above: Tensor, top: Tensor, rest: Tensor, dim: int) -> None:
-    """Updates the running (top, rest) of :class:`Statistics`; ``above``, relative to the positive, becomes exp."""
-    new = torch.maximum(top, above.amax(dim))
-    above.sub_(new.unsqueeze(dim)).exp_()
-    rest.mul_(torch.exp(top - new)).add_(above.sum(dim))
+def add_logits(logits: Tensor, top: Tensor, rest: Tensor, dim: int) -> None:
+    """Updates the running (top, rest) of :class:`Statistics`; the logits become exp(logits - top)."""
+    new = torch.maximum(top, logits.amax(dim))
+    logits.sub_(new.unsqueeze(dim)).exp_()
+    rest.mul_(torch.exp(top - new)).add_(logits.sum(dim))
     top.copy_(new)
 
 
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
-    """(B,) losses, what :func:`backward` needs, and the wanted gradients of the sum of the losses."""
+    """(B,) losses, what :func:`backward` needs, and the wanted gradients of the sum of the losses.
+
+    Gradients are for where one pass does, see ``routing.forms_gradients``.
+    """
     tiles = Tiles(x)
-    grads = Gradients()
-    if tiles.plan.one_pass and wanted.any:
+    if wanted.any:
         rows, columns, grads = one_pass(tiles, wanted)
     else:
-        rows, columns = tiles.statistics()
-        if wanted.any:
-            grads = second_pass(tiles, wanted, rows, columns, torch.ones_like(rows.loss))
+        (rows, columns), grads = tiles.statistics(), Gradients()
     losses = rows.loss if columns is None else (rows.loss + columns.loss) / 2
     saved = rows.stacked() if columns is None else torch.cat([rows.stacked(), columns.stacked()])
     return losses * torch.where(tiles.valid, 1.0, torch.nan).to(x.dtype), saved, grads
@@ -233,9 +233,9 @@ def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Grad
 def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]:
     parts, grads, c = [], tiles.new_gradients(wanted), slice(0, tiles.x.key.shape[0])
     for r in tiles.row_pieces():
-        tile = tiles.row_logits(tiles.scores(r, c), c).sub_(tiles.row_positive[r].unsqueeze(1))
-        top, rest = torch.zeros_like(tiles.positive[r]), torch.zeros_like(tiles.positive[r])
-        add_tile(tile, top, rest, 1)
+        tile = tiles.row_logits(tiles.scores(r, c), c)
+        top, rest = tiles.row_positive[r].clone(), torch.zeros_like(tiles.positive[r])
+        add_logits(tile, top, rest, 1)
         rows = Statistics.of(tiles.row_positive[r], top, rest)
         tiles.put_positive(tile, r, c, -rest)
         parts.append(rows)
@@ -243,7 +243,7 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
         if grads.log_q is not None:
             grads.log_q -= tile.sum(0)
         tiles.add_products(tile, r, c, grads)
-    whole = Statistics(*(torch.cat([getattr(p, name) for p in parts]) for name in ("shift", "rest", "norm", "loss")))
+    whole = Statistics(*(torch.cat([getattr(p, name) for p in parts]) for name in ("top", "rest", "norm", "loss")))
     return whole, None, tiles.finish(grads, wanted)
 
 
@@ -253,13 +253,13 @@ def second_pass(tiles: Tiles, wanted: Wanted, rows: Statistics, columns: Statist
     weights = weights * x.direction_weight
     row_factor = weights / rows.norm
     if columns is not None:
-        key_shift, key_factor = tiles.by_key(columns.shift, torch.inf), tiles.by_key(weights / columns.norm, 0.0)
+        key_top, key_factor = tiles.by_key(columns.top, torch.inf), tiles.by_key(weights / columns.norm, 0.0)
     for r in tiles.row_pieces():
         for c in tiles.key_pieces():
             tile = tiles.scores(r, c)
             if columns is not None:
-                back = tiles.second(tile).sub_(key_shift[c]).exp_().mul_(key_factor[c])
-            tiles.row_logits(tile, c).sub_(rows.shift[r].unsqueeze(1)).exp_()
+                back = tiles.second(tile).sub_(key_top[c]).exp_().mul_(key_factor[c])
+            tiles.row_logits(tile, c).sub_(rows.top[r].unsqueeze(1)).exp_()
             tile.mul_(row_factor[r].unsqueeze(1))
             tiles.put_positive(tile, r, c, -row_factor[r] * rows.rest[r])
             if grads.log_q is not None:

@@ -70,7 +70,7 @@ def row_gradient(p: Launch, f: Factors, query_is_x: bool, log_q_grad: bool) -> t
     out = p.empty(parts, x.shape[0], width)
     log_q_out = p.empty(parts, x.shape[0]) if log_q_grad else out
     kernels.gradient_rows_kernel[(blocks, parts)](
-        x, y, out, log_q_out, x_norm, y_norm, p.scale, p.x.labels, x_ids, y_ids, p.log_q, f.row_shift, f.row_factor,
-        f.row_value, f.key_shift, f.key_factor, f.value, x.shape[0], y.shape[0], per_part, width, x.stride(0),
+        x, y, out, log_q_out, x_norm, y_norm, p.scale, p.x.labels, x_ids, y_ids, p.log_q, f.row_top, f.row_factor,
+        f.row_value, f.key_top, f.key_factor, f.value, x.shape[0], y.shape[0], per_part, width, x.stride(0),
         y.stride(0), QUERY_IS_X=query_is_x, LOGQ_GRAD=log_q_grad, **p.flags, **config.block())
     return out, log_q_out.sum(0) if log_q_grad else None

@@ -28,7 +28,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products follow torch's own setting."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def merge(part_top: Tensor, part_rest: Tensor, top: Tensor, rest: Tensor) -> Non
 
 
 def natural(positive: Tensor, top: Tensor, rest: Tensor) -> Statistics:
-    """Statistics of log2 units; ``shift`` stays in log2 units for the kernels, the loss is in nats."""
-    found = Statistics.of(positive / LOG2E, top / LOG2E, rest)
-    return Statistics(positive + top, rest, found.norm, found.loss)
+    """Statistics of log2 units; ``top`` stays in log2 units for the kernels, the loss is in nats."""
+    found = Statistics.of((positive - top) / LOG2E, torch.zeros_like(top), rest)
+    return Statistics(top, rest, found.norm, found.loss)
 
 
 @dataclass
@@ -147,19 +147,18 @@ class Running:
     positive: Tensor  # (B,) the same with log_q
     top: Tensor  # (B,)
     rest: Tensor  # (B,)
-    key_positive: Tensor  # (N,), as the next two with symmetric only
-    key_top: Tensor
+    key_top: Tensor  # (N,), as the next with symmetric only
     key_rest: Tensor
 
     @staticmethod
     def of(p: Launch) -> Running:
         plain, positive = positives(p)
-        top, rest = torch.zeros_like(plain), torch.zeros_like(plain)
+        top, rest = positive.clone(), torch.zeros_like(plain)
         if not p.x.symmetric:
-            return Running(plain, positive, top, rest, plain, plain, plain)
-        key_positive = p.by_key(plain, torch.inf)
-        return Running(plain, positive, top, rest, key_positive, torch.zeros_like(key_positive),
-                       torch.zeros_like(key_positive))
+            return Running(plain, positive, top, rest, plain, plain)
+        # under the largest number, keys that are nobody's positive count nothing
+        key_top = p.by_key(plain, torch.finfo(plain.dtype).max)
+        return Running(plain, positive, top, rest, key_top, torch.zeros_like(key_top))
 
     def add(self, p: Launch, config: configs.Config, r: slice, k: slice, scores: Tensor | None = None) -> None:
         """``scores`` (R, K) float: products of the rows; None forms them."""
@@ -170,7 +169,7 @@ class Running:
         key_top, key_rest = (p.empty(blocks, keys), p.empty(blocks, keys)) if p.x.symmetric else (top, rest)
         kernels.statistics_kernel[(blocks * parts,)](
             p.query, p.key, p.scale if scores is None else scores, p.query_norm, p.key_norm, p.scale, self.positive,
-            self.key_positive, p.x.labels, p.query_ids, p.key_ids, p.log_q, top, rest, key_top, key_rest, r.start,
+            self.key_top, p.x.labels, p.query_ids, p.key_ids, p.log_q, top, rest, key_top, key_rest, r.start,
             r.stop, k.start, k.stop, per_part, p.query.shape[1], p.query.stride(0), p.key.stride(0),
             0 if scores is None else scores.stride(0), FROM_SCORES=scores is not None, **p.flags,
             **config.tile(p.query.shape[1]))
@@ -192,10 +191,10 @@ class Running:
 class Factors:
     """What turns scores into their gradient; weights are relative to the largest, which ``multiplier`` restores."""
 
-    row_shift: Tensor  # (B,)
+    row_top: Tensor  # (B,)
     row_factor: Tensor  # (B,) weight / norm
     row_value: Tensor  # (B,) of the positive, from the row direction
-    key_shift: Tensor  # (N,), symmetric only
+    key_top: Tensor  # (N,), symmetric only
     key_factor: Tensor  # (N,), symmetric only
     value: Tensor  # (B,) of the positive, from both directions
     multiplier: Tensor  # (): of sums of G y, without the scale
@@ -204,19 +203,23 @@ class Factors:
     def of(p: Launch, saved: Tensor, weights: Tensor) -> Factors:
         weights = weights.to(saved.dtype)
         largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-        up = FP16_RANGE if p.query.dtype == torch.float16 else 1.0
+        up = torch.ones_like(largest)
+        if p.query.dtype == torch.float16:
+            up = up * FP16_RANGE
+            if p.x.normalize:  # the kernels also multiply with the inverse norms
+                up = up / (p.query_norm.amax() * p.key_norm.amax()).clamp_min(torch.finfo(up.dtype).tiny)
         weights = weights / largest * (up * p.x.direction_weight)
-        shift, rest, norm = saved[:3]
+        top, rest, norm = saved[:3]
         factor = weights / norm
         value = row_value = -factor * rest
-        key_shift = key_factor = shift
+        key_top = key_factor = top
         if p.x.symmetric:
-            back_shift, back_rest, back_norm = saved[3:]
+            back_top, back_rest, back_norm = saved[3:]
             back = weights / back_norm
             value = row_value - back * back_rest
-            key_shift, key_factor = p.by_key(back_shift, torch.inf), p.by_key(back, 0.0)
+            key_top, key_factor = p.by_key(back_top, torch.inf), p.by_key(back, 0.0)
         multiplier = torch.where(p.valid, largest / up, torch.nan)
-        return Factors(shift.contiguous(), factor, row_value, key_shift, key_factor, value, multiplier)
+        return Factors(top.contiguous(), factor, row_value, key_top, key_factor, value, multiplier)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

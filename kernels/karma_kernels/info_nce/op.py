@@ -64,8 +64,8 @@ def filled(grads: Gradients, query: Tensor, key: Tensor, bits: int, dtypes: list
     found = [grads.query, grads.key, grads.scale, grads.log_q]
     if query.shape[0] and any(x is None and bits & bit for x, bit in zip(found, BITS, strict=True)):
         raise RuntimeError(f"info_nce: gradients {bits:04b} were to be formed and were not; please report this")
-    return [query.new_zeros(shape, dtype=dtype) if x is None else x.to(dtype)
-            for x, shape, dtype in zip(found, shapes(query, key, bits), dtypes, strict=True)]
+    return [x.to(dtype) if x is not None and bits & bit else query.new_zeros(shape, dtype=dtype)
+            for x, bit, shape, dtype in zip(found, BITS, shapes(query, key, bits), dtypes, strict=True)]
 
 
 @torch.library.custom_op("karma_kernels::info_nce", mutates_args=())
@@ -133,7 +133,9 @@ def backward(ctx, grad_loss, *_):
                            "backend='reference' has one")
     needed = sum(bit for place, bit in zip(places, BITS, strict=True) if ctx.needs_input_grad[place])
     if ctx.formed:
-        grads = [g * grad_loss if needed & bit else g for g, bit in zip(ctx.saved_tensors, BITS, strict=True)]
+        dtypes = [ctx.dtypes[place] for place in places]  # no product in float32 beside the one in half precision
+        grads = [torch.mul(g, grad_loss, out=torch.empty_like(g, dtype=dtype)) if needed & bit else g
+                 for g, bit, dtype in zip(ctx.saved_tensors, BITS, dtypes, strict=True)]
     else:
         symmetric, normalize, backend, workspace_bytes = ctx.options
         *tensors, saved = ctx.saved_tensors

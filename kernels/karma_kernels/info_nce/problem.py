@@ -77,25 +77,26 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Statistics:
-    """One direction's softmax, taken relative to the positive: what the backward needs.
+    """One direction's softmax with the positive kept apart: what the backward needs.
 
-    With z the logits, y the positive and ``top = max(0, max_j z_j - z_y)`` over the other candidates j:
-    ``shift = z_y + top``, ``rest = sum_j exp(z_j - shift)``, ``norm = rest + exp(-top)``. Then
-    ``p_j = exp(z_j - shift) / norm``, ``p_y - 1 = -rest / norm`` without cancellation, and norm lies in [1, C].
+    With z the logits, y the positive and j the other candidates: ``top = max(z_y, max_j z_j)``, exactly one of the
+    logits, ``rest = sum_j exp(z_j - top)``, ``norm = rest + exp(z_y - top)``. Then ``p_j = exp(z_j - top) / norm``,
+    ``p_y - 1 = -rest / norm`` without cancellation, and norm lies in [1, C].
     """
 
-    shift: Tensor  # (R,)
+    top: Tensor  # (R,)
     rest: Tensor  # (R,)
     norm: Tensor  # (R,)
     loss: Tensor  # (R,)
 
     @staticmethod
     def of(positive: Tensor, top: Tensor, rest: Tensor) -> Statistics:
-        return Statistics(positive + top, rest, rest + torch.exp(-top), top + torch.log1p(rest + torch.expm1(-top)))
+        below = positive - top
+        return Statistics(top, rest, rest + torch.exp(below), torch.log1p(rest + torch.expm1(below)) - below)
 
     def stacked(self) -> Tensor:
         """(3, R), all that a backward needs."""
-        return torch.stack([self.shift, self.rest, self.norm])
+        return torch.stack([self.top, self.rest, self.norm])
 
 
 def pieces(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from .chunked import Plan
 
 # up to so many scores B N the dense reference is the fastest, see benchmarks/results
 PLAIN_SCORES = {"cpu": 1 << 16, "cuda": 1 << 16}
-ONE_PASS_ROWS = 1024  # with fewer rows at a time, adding to the gradient of all keys costs more than a second pass
+LIBRARY_ONE_PASS_ROWS = 1024  # as in chunked, on a GPU
 
 
 @torch.compiler.assume_constant_result
@@ -23,25 +23,25 @@ def has_triton() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def has_tensor_cores(index: int) -> bool:
-    """Those that Triton uses: on older cards its products are plain multiply-adds."""
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+def capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def route(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> str:
     """"reference", "chunked" or "fused"."""
     if device.type not in PLAIN_SCORES or rows * keys <= PLAIN_SCORES[device.type]:
         return "reference"
-    if device.type == "cuda" and dtype.itemsize == 2 and has_triton() and has_tensor_cores(device.index or 0):
+    # on older cards Triton's products are plain multiply-adds
+    if device.type == "cuda" and dtype.itemsize == 2 and has_triton() and capability(device.index or 0) >= (8, 0):
         return "fused"
     return "chunked"
 
 
 def module_of(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What computes: "chunked" in plain torch, "library" (chunked with Triton's epilogue) or "fused"."""
-    if backend == "chunked" and device.type == "cuda" and dtype != torch.float64 and has_triton():
-        return "library"
-    return backend
+    if backend != "chunked" or device.type != "cuda" or dtype == torch.float64 or not has_triton():
+        return backend
+    return "library" if capability(device.index or 0) >= (7, 5) else "chunked"  # the oldest that Triton compiles for
 
 
 def forms_gradients(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
@@ -60,7 +60,7 @@ def library_tile(rows: int, keys: int, item: int, symmetric: bool, workspace_byt
     A score takes 4 bytes, its gradient for 2-byte inputs 2 more, statistics of keys by blocks of rows up to 1.
     """
     scores = max(1, workspace_bytes // (4 + (item if item < 4 else 0) + (1 if symmetric else 0)))
-    if not symmetric and scores // keys >= min(rows, ONE_PASS_ROWS):
+    if not symmetric and scores // keys >= min(rows, LIBRARY_ONE_PASS_ROWS):
         return min(rows, whole_blocks(scores // keys)), keys, True
     tile_rows = min(rows, whole_blocks(math.isqrt(scores)))
     tile_keys = min(keys, whole_blocks(scores // tile_rows))

@@ -39,7 +39,7 @@ def add_tile(p: Launch, f: Factors, sums: Accumulators, config: configs.Config, 
     by_block = g if sums.log_q is None else p.empty(blocks, keys)
     kernels.gradient_tile_kernel[(triton.cdiv(keys, config.keys) * blocks,)](
         p.query, p.key, p.scale if scores is None else scores, g, by_block, p.query_norm, p.key_norm, p.scale,
-        p.x.labels, p.query_ids, p.key_ids, p.log_q, f.row_shift, f.row_factor, f.row_value, f.key_shift,
+        p.x.labels, p.query_ids, p.key_ids, p.log_q, f.row_top, f.row_factor, f.row_value, f.key_top,
         f.key_factor, f.value, r.start, r.stop, k.start, k.stop, width, p.query.stride(0), p.key.stride(0),
         0 if scores is None else scores.stride(0), g.stride(0), FROM_SCORES=scores is not None,
         LOGQ_GRAD=sums.log_q is not None, **p.flags, **config.tile(width))

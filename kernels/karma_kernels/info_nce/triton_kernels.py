@@ -1,7 +1,7 @@
 """The Triton kernels of InfoNCE. Shapes: queries (B, D), keys (N, D), a tile of scores (M, N).
 
 Logits are ``z = scale * f_i * f_j * <x_i, y_j> (- log_q_j)`` with f the inverse norms (``NORMALIZE``) and are kept in
-units of log2, so that ``exp2`` serves. Sums leave the positive out and are relative to it, see
+units of log2, so that ``exp2`` serves. Sums leave the positive out, see
 ``problem.Statistics``. Ids are int32, see ``launch.small_ids``. Offsets of rows are 64 bit. Nothing is added
 atomically: each output has one writer, so bits repeat.
 """
@@ -100,13 +100,13 @@ def positives_kernel(q, k, q_factor, k_factor, scale, labels, log_q, plain, posi
 
 
 @triton.jit
-def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_positive, labels, q_ids, k_ids, log_q,
+def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_least, labels, q_ids, k_ids, log_q,
                       top_out, rest_out, key_top_out, key_rest_out, row_start, row_stop, key_start, key_stop,
                       keys_per_program, D, q_stride, k_stride, scores_stride, HAS_IDS: tl.constexpr,
                       HAS_LOGQ: tl.constexpr, NORMALIZE: tl.constexpr, SYMMETRIC: tl.constexpr,
                       FROM_SCORES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """Largest excess over the positive and sum of exp2 of a block of rows over some keys; and of keys over the block.
+    """Largest logit, the positive's at least, and sum of exp2: of a block of rows over some keys, of keys over it.
 
     Grid: blocks of rows times parts of the keys. ``top_out``, ``rest_out``: (parts, rows); ``key_top_out``,
     ``key_rest_out``: (blocks of rows, keys), with ``SYMMETRIC``. Rows and keys count from row_start and key_start.
@@ -118,10 +118,9 @@ def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_pos
     a = tl.load(scale) * LOG2E
     if NORMALIZE:
         row_factor = tl.load(q_factor + rows, mask=row_inside, other=0.0) * a
-    own = tl.load(positive + rows, mask=row_inside, other=0.0)
+    top = tl.load(positive + rows, mask=row_inside, other=0.0)
     if HAS_IDS:
         row_id = tl.load(q_ids + rows, mask=row_inside, other=0)
-    top = tl.zeros((BLOCK_M,), ACC)
     rest = tl.zeros((BLOCK_M,), ACC)
     first = key_start + part * keys_per_program
     for start in range(first, tl.minimum(first + keys_per_program, key_stop), BLOCK_N):
@@ -141,16 +140,14 @@ def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_pos
         if HAS_IDS:
             keep = keep & (row_id[:, None] != tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
         z = tl.where(keep, z, -float("inf"))
-        if SYMMETRIC:  # relative to +inf, keys that are nobody's positive count nothing
-            above = z - tl.load(key_positive + keys, mask=key_inside, other=float("inf"))[None, :]
-            key_top = tl.maximum(tl.max(above, 0), 0.0)
-            key_rest = tl.sum(tl.exp2(above - key_top[None, :]), 0)
+        if SYMMETRIC:
+            key_top = tl.maximum(tl.max(z, 0), tl.load(key_least + keys, mask=key_inside, other=0.0))
+            key_rest = tl.sum(tl.exp2(z - key_top[None, :]), 0)
             to = block.to(tl.int64) * (key_stop - key_start) + keys - key_start
             tl.store(key_top_out + to, key_top, mask=key_inside)
             tl.store(key_rest_out + to, key_rest, mask=key_inside)
         if HAS_LOGQ:
             z -= tl.load(log_q + keys, mask=key_inside, other=0.0).to(ACC)[None, :] * LOG2E
-        z -= own[:, None]
         new = tl.maximum(top, tl.max(z, 1))
         rest = rest * tl.exp2(top - new) + tl.sum(tl.exp2(z - new[:, None]), 1)
         top = new
@@ -178,19 +175,20 @@ def merge_kernel(part_top, part_rest, top, rest, parts, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(z, keep, is_positive, positive_value, row_shift, row_factor, key_shift, key_factor, bias,
+def score_gradient(z, keep, is_positive, positive_value, row_top, row_factor, key_top, key_factor, bias,
                    HAS_LOGQ: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Gradient for a tile of scores z in log2 units; statistics come with the shape they broadcast from."""
     biased = z - bias if HAS_LOGQ else z
-    g = tl.exp2(biased - row_shift) * row_factor
+    # the statistics came from other tiles, whose last bits may differ: large logits must not turn that into p > 1
+    g = tl.exp2(tl.minimum(biased - row_top, 0.0)) * row_factor
     if SYMMETRIC:
-        g += tl.exp2(z - key_shift) * key_factor
+        g += tl.exp2(tl.minimum(z - key_top, 0.0)) * key_factor
     return tl.where(is_positive, positive_value, tl.where(keep, g, 0.0))
 
 
 @triton.jit
-def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_ids, y_ids, log_q, row_shift,
-                         row_factor, row_value, key_shift, key_factor, value, X, Y, y_per_program, D, x_stride,
+def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_ids, y_ids, log_q, row_top,
+                         row_factor, row_value, key_top, key_factor, value, X, Y, y_per_program, D, x_stride,
                          y_stride, QUERY_IS_X: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOGQ: tl.constexpr,
                          LOGQ_GRAD: tl.constexpr, NORMALIZE: tl.constexpr, SYMMETRIC: tl.constexpr, ACC: tl.constexpr,
                          PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -214,14 +212,14 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         x_id = tl.load(x_ids + xs, mask=x_inside, other=0)
     if QUERY_IS_X:
         label = tl.load(labels + xs, mask=x_inside, other=-1).to(tl.int32)
-        x_shift = tl.load(row_shift + xs, mask=x_inside, other=0.0)[:, None]
+        x_top = tl.load(row_top + xs, mask=x_inside, other=0.0)[:, None]
         x_scale = tl.load(row_factor + xs, mask=x_inside, other=0.0)[:, None]
         x_value = tl.load(value + xs, mask=x_inside, other=0.0)[:, None]
     else:
         if HAS_LOGQ:
             x_bias = tl.load(log_q + xs, mask=x_inside, other=0.0).to(ACC)[:, None] * LOG2E
         if SYMMETRIC:
-            x_shift = tl.load(key_shift + xs, mask=x_inside, other=float("inf"))[:, None]
+            x_top = tl.load(key_top + xs, mask=x_inside, other=float("inf"))[:, None]
             x_scale = tl.load(key_factor + xs, mask=x_inside, other=0.0)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     column_sum = tl.zeros((BLOCK_M,), ACC)
@@ -234,38 +232,45 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         if UPCAST:
             y_tile = y_tile.to(ACC)
         z = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION, out_dtype=ACC)
-        if NORMALIZE:
-            factors = x_factor[:, None] * tl.load(y_norm + ys, mask=y_inside, other=0.0)[None, :]
-            z *= factors
-        z *= a
+        if NORMALIZE:  # multiplied in the order of the statistics, for the same bits
+            y_factor = tl.load(y_norm + ys, mask=y_inside, other=0.0)
+            if QUERY_IS_X:
+                z *= (x_factor * a)[:, None] * y_factor[None, :]
+            else:
+                z *= (y_factor * a)[None, :] * x_factor[:, None]
+        else:
+            z *= a
         keep = x_inside[:, None] & y_inside[None, :]
         if HAS_IDS:
             keep = keep & (x_id[:, None] != tl.load(y_ids + ys, mask=y_inside, other=0)[None, :])
         if QUERY_IS_X:
             is_positive = label[:, None] == ys[None, :]
-            shift_r, factor_r, v = x_shift, x_scale, x_value
+            top_r, factor_r, v = x_top, x_scale, x_value
         else:
             is_positive = tl.load(labels + ys, mask=y_inside, other=-1).to(tl.int32)[None, :] == xs[:, None]
-            shift_r = tl.load(row_shift + ys, mask=y_inside, other=0.0)[None, :]
+            top_r = tl.load(row_top + ys, mask=y_inside, other=0.0)[None, :]
             factor_r = tl.load(row_factor + ys, mask=y_inside, other=0.0)[None, :]
             v = tl.load(value + ys, mask=y_inside, other=0.0)[None, :]
-        shift_k, factor_k, bias = shift_r, factor_r, shift_r  # stand-ins where they are not used
+        top_k, factor_k, bias = top_r, factor_r, top_r  # stand-ins where they are not used
         if HAS_LOGQ:
             bias = tl.load(log_q + ys, mask=y_inside, other=0.0).to(ACC)[None, :] * LOG2E if QUERY_IS_X else x_bias
         if SYMMETRIC:
             if QUERY_IS_X:
-                shift_k = tl.load(key_shift + ys, mask=y_inside, other=float("inf"))[None, :]
+                top_k = tl.load(key_top + ys, mask=y_inside, other=float("inf"))[None, :]
                 factor_k = tl.load(key_factor + ys, mask=y_inside, other=0.0)[None, :]
             else:
-                shift_k, factor_k = x_shift, x_scale
+                top_k, factor_k = x_top, x_scale
         if LOGQ_GRAD:
             own = tl.load(row_value + ys, mask=y_inside, other=0.0)[None, :]
-            g = score_gradient(z, keep, is_positive, own, shift_r, factor_r, shift_k, factor_k, bias, HAS_LOGQ, False)
+            g = score_gradient(z, keep, is_positive, own, top_r, factor_r, top_k, factor_k, bias, HAS_LOGQ, False)
             column_sum += tl.sum(g, 1)
-        g = score_gradient(z, keep, is_positive, v, shift_r, factor_r, shift_k, factor_k, bias, HAS_LOGQ, SYMMETRIC)
+        g = score_gradient(z, keep, is_positive, v, top_r, factor_r, top_k, factor_k, bias, HAS_LOGQ, SYMMETRIC)
         if NORMALIZE:
-            g *= factors
-        acc = tl.dot(g.to(y_tile.dtype), y_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+            g *= x_factor[:, None] * y_factor[None, :]
+        g = g.to(y.dtype.element_ty)
+        if UPCAST:
+            g = g.to(ACC)
+        acc = tl.dot(g, y_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     at = part.to(tl.int64) * X + xs
     tl.store(out + at[:, None] * D + d[None, :], acc, mask=x_inside[:, None] & (d < D)[None, :])
     if LOGQ_GRAD:
@@ -274,7 +279,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
 
 @triton.jit
 def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale, labels, q_ids, k_ids, log_q,
-                         row_shift, row_factor, row_value, key_shift, key_factor, value, row_start, row_stop,
+                         row_top, row_factor, row_value, key_top, key_factor, value, row_start, row_stop,
                          key_start, key_stop, D, q_stride, k_stride, scores_stride, out_stride, HAS_IDS: tl.constexpr,
                          HAS_LOGQ: tl.constexpr, LOGQ_GRAD: tl.constexpr, NORMALIZE: tl.constexpr,
                          SYMMETRIC: tl.constexpr, FROM_SCORES: tl.constexpr, ACC: tl.constexpr,
@@ -295,33 +300,35 @@ def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale
     else:
         z = tile_dot(q, k, rows, keys, row_inside, key_inside, D, q_stride, k_stride, ACC, PRECISION, UPCAST, BLOCK_M,
                      BLOCK_N, BLOCK_D, EVEN_D)
+    a = tl.load(scale) * LOG2E
     if NORMALIZE:
-        factors = (tl.load(q_factor + rows, mask=row_inside, other=0.0)[:, None]
-                   * tl.load(k_factor + keys, mask=key_inside, other=0.0)[None, :])
-        z *= factors
-    z *= tl.load(scale) * LOG2E
+        row_norm = tl.load(q_factor + rows, mask=row_inside, other=0.0)
+        key_norm = tl.load(k_factor + keys, mask=key_inside, other=0.0)
+        z *= (row_norm * a)[:, None] * key_norm[None, :]
+    else:
+        z *= a
     is_positive = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)[:, None] == keys[None, :]
     keep = inside
     if HAS_IDS:
         keep = keep & (tl.load(q_ids + rows, mask=row_inside, other=0)[:, None]
                        != tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
-    shift_r = tl.load(row_shift + rows, mask=row_inside, other=0.0)[:, None]
+    top_r = tl.load(row_top + rows, mask=row_inside, other=0.0)[:, None]
     factor_r = tl.load(row_factor + rows, mask=row_inside, other=0.0)[:, None]
-    shift_k, factor_k, bias = shift_r, factor_r, shift_r  # stand-ins where they are not used
+    top_k, factor_k, bias = top_r, factor_r, top_r  # stand-ins where they are not used
     if HAS_LOGQ:
         bias = tl.load(log_q + keys, mask=key_inside, other=0.0).to(ACC)[None, :] * LOG2E
     if SYMMETRIC:
-        shift_k = tl.load(key_shift + keys, mask=key_inside, other=float("inf"))[None, :]
+        top_k = tl.load(key_top + keys, mask=key_inside, other=float("inf"))[None, :]
         factor_k = tl.load(key_factor + keys, mask=key_inside, other=0.0)[None, :]
     if LOGQ_GRAD:
         own = tl.load(row_value + rows, mask=row_inside, other=0.0)[:, None]
-        g = score_gradient(z, keep, is_positive, own, shift_r, factor_r, shift_k, factor_k, bias, HAS_LOGQ, False)
+        g = score_gradient(z, keep, is_positive, own, top_r, factor_r, top_k, factor_k, bias, HAS_LOGQ, False)
         to = block.to(tl.int64) * (key_stop - key_start) + keys - key_start
         tl.store(log_q_out + to, tl.sum(g, 0), mask=key_inside)
     v = tl.load(value + rows, mask=row_inside, other=0.0)[:, None]
-    g = score_gradient(z, keep, is_positive, v, shift_r, factor_r, shift_k, factor_k, bias, HAS_LOGQ, SYMMETRIC)
+    g = score_gradient(z, keep, is_positive, v, top_r, factor_r, top_k, factor_k, bias, HAS_LOGQ, SYMMETRIC)
     if NORMALIZE:
-        g *= factors
+        g *= row_norm[:, None] * key_norm[None, :]
     tl.store(out + row_at * out_stride + key_at, g.to(out.dtype.element_ty), mask=inside)
 
 

@@ -70,8 +70,13 @@ class Side:
         x = self.x[r].to(self.dtype)
         return x if self.inverse is None else x * self.inverse[r].unsqueeze(1)
 
-    def finish(self, grad: Tensor, factor: Tensor, scale_grad: Tensor | None) -> None:
-        """In place: sum_j G_ij y_j -> gradient of the unnormalised row; adds sum_i <x_i, grad_i> to ``scale_grad``."""
+    def finish(self, grad: Tensor, factor: Tensor | None, scale_grad: Tensor | None) -> None:
+        """In place: sum_j G_ij y_j -> ``factor`` times the gradient of the unnormalised row.
+
+        Adds sum_i <x_i, grad_i> to ``scale_grad``.
+        """
+        if factor is None and scale_grad is None and not self.normalize:
+            return
         for r in pieces(0, len(grad), self.piece // 2 or 1):
             part = grad[r]
             if self.normalize or scale_grad is not None:
@@ -81,7 +86,8 @@ class Side:
                     scale_grad += along.sum()
                 if self.normalize:
                     part.sub_(x.mul_(along.unsqueeze(1))).mul_(self.inverse[r].unsqueeze(1))
-            part.mul_(factor)
+            if factor is not None:
+                part.mul_(factor)
 
 
 class Tiles:
@@ -92,7 +98,8 @@ class Tiles:
         self.plan = Plan.of(*x.query.shape[:1], *x.key.shape, x.query.dtype, x.symmetric, x.normalize,
                             x.workspace_bytes)
         self.query, self.key = Side(x.query, x), Side(x.key, x)
-        self.valid = x.valid & self.query.finite & self.key.finite
+        valid = x.valid & self.query.finite & self.key.finite
+        self.poison = torch.where(valid, 1.0, torch.nan).to(x.dtype)
         self.log_q = None if x.log_q is None else x.log_q.to(x.dtype)
         self.buffers = [x.query.new_empty(self.plan.rows * self.plan.keys, dtype=x.dtype)
                         for _ in range(2 if x.symmetric else 1)]
@@ -159,30 +166,35 @@ class Tiles:
         return rows, Statistics.of(self.positive, key_top[x.labels], key_rest[x.labels])
 
     def new_gradients(self, wanted: Wanted) -> Gradients:
-        def zeros(shape: tuple[int, ...], want: bool) -> Tensor | None:
-            return self.positive.new_zeros(shape) if want else None
-
-        return Gradients(zeros(self.x.query.shape, wanted.over_query), zeros(self.x.key.shape, wanted.over_key),
-                         zeros((), wanted.scale), zeros((self.x.key.shape[0],), wanted.log_q))
+        new, query, key = self.positive.new_empty, self.x.query, self.x.key
+        return Gradients(new(query.shape) if wanted.over_query else None, new(key.shape) if wanted.over_key else None,
+                         new(()).zero_() if wanted.scale else None,
+                         new(key.shape[0]).zero_() if wanted.log_q else None)
 
     def add_products(self, tile: Tensor, r: slice, c: slice, grads: Gradients) -> None:
-        """``tile`` (R, C) gradient for the scores."""
+        """``tile`` (R, C): gradient for the scores. The first tile that reaches a gradient overwrites it."""
         if grads.query is not None:
             for k in pieces(c.start, c.stop, self.plan.key_block):
-                grads.query[r].addmm_(tile[:, k.start - c.start:k.stop - c.start], self.key.rows(k))
+                grads.query[r].addmm_(tile[:, k.start - c.start:k.stop - c.start], self.key.rows(k),
+                                      beta=int(k.start > 0))
         if grads.key is not None:
-            grads.key[c].addmm_(tile.T, self.query.rows(r))
+            query = self.query.rows(r)
+            if not self.scale_from_key(grads):
+                query = query * self.x.scale  # fewer numbers than the gradient of the keys has
+            grads.key[c].addmm_(tile.T, query, beta=int(r.start > 0))
+
+    @staticmethod
+    def scale_from_key(grads: Gradients) -> bool:
+        return grads.scale is not None and grads.query is None
 
     def finish(self, grads: Gradients, wanted: Wanted) -> Gradients:
-        poison = torch.where(self.valid, 1.0, torch.nan).to(self.x.dtype)
-        factor = self.x.scale * poison
         if grads.query is not None:
-            self.query.finish(grads.query, factor, grads.scale)
+            self.query.finish(grads.query, self.x.scale, grads.scale)
         if grads.key is not None:
-            self.key.finish(grads.key, factor, grads.scale if grads.query is None else None)
-        return Gradients(grads.query if wanted.query else None, grads.key if wanted.key else None,
-                         grads.scale * poison if wanted.scale else None,
-                         grads.log_q * poison if wanted.log_q else None)
+            from_key = self.scale_from_key(grads)
+            self.key.finish(grads.key, self.x.scale if from_key else None, grads.scale if from_key else None)
+        return Gradients(grads.query if wanted.query else None, grads.key if wanted.key else None, grads.scale,
+                         grads.log_q)
 
 
 def drop_equal(tile: Tensor, row_ids: Tensor, key_ids: Tensor) -> None:
@@ -220,7 +232,7 @@ def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
         (rows, columns), grads = tiles.statistics(), Gradients()
     losses = rows.loss if columns is None else (rows.loss + columns.loss) / 2
     saved = rows.stacked() if columns is None else torch.cat([rows.stacked(), columns.stacked()])
-    return losses * torch.where(tiles.valid, 1.0, torch.nan).to(x.dtype), saved, grads
+    return losses * tiles.poison, saved, grads
 
 
 def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
@@ -239,7 +251,7 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
         rows = Statistics.of(tiles.row_positive[r], top, rest)
         tiles.put_positive(tile, r, c, -rest)
         parts.append(rows)
-        tile.div_(rows.norm.unsqueeze(1))
+        tile.mul_((tiles.poison / rows.norm).unsqueeze(1))
         if grads.log_q is not None:
             grads.log_q -= tile.sum(0)
         tiles.add_products(tile, r, c, grads)
@@ -250,7 +262,7 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
 def second_pass(tiles: Tiles, wanted: Wanted, rows: Statistics, columns: Statistics | None,
                 weights: Tensor) -> Gradients:
     x, grads = tiles.x, tiles.new_gradients(wanted)
-    weights = weights * x.direction_weight
+    weights = weights * (tiles.poison * x.direction_weight)
     row_factor = weights / rows.norm
     if columns is not None:
         key_top, key_factor = tiles.by_key(columns.top, torch.inf), tiles.by_key(weights / columns.norm, 0.0)

@@ -43,7 +43,7 @@ PLAIN = {"small": (Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
 FLOAT32 = {"small": Config(64, 64, 16, 8, 3), "ampere": Config(64, 64, 16, 8, 3), "hopper": Config(64, 64, 16, 8, 3),
            "blackwell": Config(64, 64, 32, 8, 2)}
 # scores come from memory; read ahead they would take more registers than there are
-EPILOGUE = Config(16, 256, 16, 4, 1)
+EPILOGUE = Config(32, 128, 16, 8, 1)
 # the whole width of a row at once: (largest width, config), smallest that fits. Above, a block of rows of the gradient
 # no longer fits in registers
 _HALF = [(64, Config(128, 64, 64, 8, 2)), (128, Config(64, 64, 128, 8, 2)), (256, Config(64, 64, 256, 8, 2))]

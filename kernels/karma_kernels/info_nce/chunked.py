@@ -171,16 +171,20 @@ class Tiles:
                          new(()).zero_() if wanted.scale else None,
                          new(key.shape[0]).zero_() if wanted.log_q else None)
 
-    def add_products(self, tile: Tensor, r: slice, c: slice, grads: Gradients) -> None:
-        """``tile`` (R, C): gradient for the scores. The first tile that reaches a gradient overwrites it."""
+    def add_products(self, tile: Tensor, weights: Tensor, r: slice, c: slice, grads: Gradients) -> None:
+        """``weights`` (R,) times ``tile`` (R, C): gradient for scores. The first that reaches a sum overwrites it.
+
+        Weights, and for the keys the scale, go with the queries: those are fewer numbers than scores or keys.
+        """
+        weights = weights.unsqueeze(1)
         if grads.query is not None:
             for k in pieces(c.start, c.stop, self.plan.key_block):
                 grads.query[r].addmm_(tile[:, k.start - c.start:k.stop - c.start], self.key.rows(k),
                                       beta=int(k.start > 0))
+            if c.stop == self.x.key.shape[0]:
+                grads.query[r].mul_(weights)
         if grads.key is not None:
-            query = self.query.rows(r)
-            if not self.scale_from_key(grads):
-                query = query * self.x.scale  # fewer numbers than the gradient of the keys has
+            query = self.query.rows(r) * (weights if self.scale_from_key(grads) else weights * self.x.scale)
             grads.key[c].addmm_(tile.T, query, beta=int(r.start > 0))
 
     @staticmethod
@@ -251,10 +255,10 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
         rows = Statistics.of(tiles.row_positive[r], top, rest)
         tiles.put_positive(tile, r, c, -rest)
         parts.append(rows)
-        tile.mul_((tiles.poison / rows.norm).unsqueeze(1))
+        weights = tiles.poison / rows.norm
         if grads.log_q is not None:
-            grads.log_q -= tile.sum(0)
-        tiles.add_products(tile, r, c, grads)
+            grads.log_q.addmv_(tile.T, weights, alpha=-1)
+        tiles.add_products(tile, weights, r, c, grads)
     whole = Statistics(*(torch.cat([getattr(p, name) for p in parts]) for name in ("top", "rest", "norm", "loss")))
     return whole, None, tiles.finish(grads, wanted)
 
@@ -262,22 +266,24 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
 def second_pass(tiles: Tiles, wanted: Wanted, rows: Statistics, columns: Statistics | None,
                 weights: Tensor) -> Gradients:
     x, grads = tiles.x, tiles.new_gradients(wanted)
-    weights = weights * (tiles.poison * x.direction_weight)
-    row_factor = weights / rows.norm
-    if columns is not None:
-        key_top, key_factor = tiles.by_key(columns.top, torch.inf), tiles.by_key(weights / columns.norm, 0.0)
+    factor = weights * (tiles.poison * x.direction_weight) / rows.norm
+    if columns is not None:  # keys have factors too: both go into the tile
+        back_factor = weights * (tiles.poison * x.direction_weight) / columns.norm
+        key_top, key_factor = tiles.by_key(columns.top, torch.inf), tiles.by_key(back_factor, 0.0)
+        factor, row_factor = torch.ones_like(factor), factor
     for r in tiles.row_pieces():
         for c in tiles.key_pieces():
             tile = tiles.scores(r, c)
             if columns is not None:
                 back = tiles.second(tile).sub_(key_top[c]).exp_().mul_(key_factor[c])
             tiles.row_logits(tile, c).sub_(rows.top[r].unsqueeze(1)).exp_()
-            tile.mul_(row_factor[r].unsqueeze(1))
-            tiles.put_positive(tile, r, c, -row_factor[r] * rows.rest[r])
-            if grads.log_q is not None:
-                grads.log_q[c] -= tile.sum(0)
+            tiles.put_positive(tile, r, c, -rows.rest[r])
             if columns is not None:
-                tiles.put_positive(back, r, c, -(weights / columns.norm * columns.rest)[r])
+                tile.mul_(row_factor[r].unsqueeze(1))
+            if grads.log_q is not None:
+                grads.log_q[c].addmv_(tile.T, factor[r], alpha=-1)
+            if columns is not None:
+                tiles.put_positive(back, r, c, -(back_factor * columns.rest)[r])
                 tile.add_(back)
-            tiles.add_products(tile, r, c, grads)
+            tiles.add_products(tile, factor[r], r, c, grads)
     return tiles.finish(grads, wanted)

@@ -12,9 +12,9 @@ import torch
 
 from .chunked import Plan
 
-# Up to so many scores B N the dense reference is faster than the others. CPU: 2 threads of an AMD EPYC (AVX-512), torch
-# 2.13.0, float32, widths 128 and 256, forward and backward, 2026-11-22: 1.06 against 1.42 ms at 256 x 256, 3.08 against
-# 3.01 at 512 x 512, 18.5 against 14.4 at 1024 x 1024. CUDA: not measured yet.
+# Up to so many scores B N the dense reference is faster than the others. CPU: 2 threads of an AMD EPYC (AVX-512),
+# torch 2.13.0, float32, widths 128 and 256, forward and backward, 2026-11-22: 1.06 against 1.42 ms at 256 x 256, 3.08
+# against 3.01 at 512 x 512, 18.5 against 14.4 at 1024 x 1024. CUDA: not measured yet.
 PLAIN_SCORES = {"cpu": 1 << 17, "cuda": 1 << 17}
 LIBRARY_ONE_PASS_ROWS = 1024  # as in chunked, on a GPU
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from info_nce_inputs import gradients, make
 from torch.autograd import forward_ad
 
 from karma_fast import InfoNCELoss
@@ -13,26 +14,6 @@ from karma_kernels import info_nce
 from karma_kernels.info_nce import chunked, op, routing
 
 FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
-
-
-def make(rows=7, keys=11, width=5, seed=0, dtype=torch.float64, labels=True, ids=True, log_q=True):
-    g = torch.Generator().manual_seed(seed)
-    inputs = {
-        "query": torch.randn(rows, width, generator=g, dtype=dtype),
-        "key": torch.randn(keys, width, generator=g, dtype=dtype),
-        "labels": torch.randperm(keys, generator=g)[:rows] if labels else None,
-        "key_ids": torch.randint(0, 4, (keys,), generator=g) if ids else None,
-        "log_q": torch.rand(keys, generator=g, dtype=dtype).log() if log_q else None,
-        "scale": torch.tensor(3.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-    }
-    return {name: x for name, x in inputs.items() if x is not None}
-
-
-def gradients(inputs, weights=1.0, **options):
-    leaves = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
-    loss = info_nce(**leaves, **options)
-    (loss * weights).sum().backward()
-    return [loss.detach(), *(x.grad for x in leaves.values() if x.is_floating_point())]
 
 
 @pytest.mark.parametrize("labels,ids,log_q,symmetric,normalize", FLAGS)

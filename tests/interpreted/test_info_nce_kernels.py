@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from info_nce_inputs import gradients
+from info_nce_inputs import make as inputs_of
 
 from karma_kernels import info_nce
 from karma_kernels.info_nce import configs, fused, launch, library, op, routing
@@ -28,24 +30,9 @@ def path(request, monkeypatch):
     return "fused"
 
 
-def make(rows=5, keys=18, width=7, seed=0, labels=True, ids=True, log_q=True, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    inputs = {
-        "query": torch.randn(rows, width, generator=g, dtype=dtype),
-        "key": torch.randn(keys, width, generator=g, dtype=dtype),
-        "labels": torch.randperm(keys, generator=g)[:rows] if labels else None,
-        "key_ids": torch.randint(0, 4, (keys,), generator=g) if ids else None,
-        "log_q": torch.rand(keys, generator=g, dtype=dtype).log() if log_q else None,
-        "scale": torch.tensor(1.7, dtype=dtype),
-    }
-    return {name: x for name, x in inputs.items() if x is not None}
-
-
-def gradients(inputs, weights, **options):
-    leaves = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
-    loss = info_nce(**leaves, **options)
-    (loss * weights).sum().backward()
-    return [loss.detach(), *(x.grad for x in leaves.values() if x.is_floating_point())]
+def make(**changes):
+    """Two tiles of keys, a part of one of queries."""
+    return inputs_of(**({"rows": 5, "keys": 18, "width": 7} | changes))
 
 
 @pytest.mark.parametrize("labels,ids,log_q,symmetric,normalize", FLAGS)
@@ -74,7 +61,7 @@ def test_gradcheck(path, labels, ids, log_q, symmetric, normalize):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size,workspace_bytes", [((3, 5, 3), 1), ((21, 37, 19), 6144), ((21, 37, 19), 1 << 20)])
 def test_any_workspace(path, symmetric, size, workspace_bytes):
-    inputs = make(*size)
+    inputs = make(**dict(zip(("rows", "keys", "width"), size, strict=True)))
     weights = torch.tensor(1.0)
     expected = gradients(inputs, weights, symmetric=symmetric, backend="reference")
     found = gradients(inputs, weights, symmetric=symmetric, backend=path, workspace_bytes=workspace_bytes)

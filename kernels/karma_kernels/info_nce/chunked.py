@@ -239,13 +239,6 @@ def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
     return losses * tiles.poison, saved, grads
 
 
-def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
-    """Gradients of ``sum_i weights_i loss_i``."""
-    none = torch.empty_like(saved[0])
-    rows, columns = Statistics(*saved[:3], none), Statistics(*saved[3:], none) if x.symmetric else None
-    return second_pass(Tiles(x), wanted, rows, columns, weights)
-
-
 def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]:
     parts, grads, c = [], tiles.new_gradients(wanted), slice(0, tiles.x.key.shape[0])
     for r in tiles.row_pieces():
@@ -263,27 +256,30 @@ def one_pass(tiles: Tiles, wanted: Wanted) -> tuple[Statistics, None, Gradients]
     return whole, None, tiles.finish(grads, wanted)
 
 
-def second_pass(tiles: Tiles, wanted: Wanted, rows: Statistics, columns: Statistics | None,
-                weights: Tensor) -> Gradients:
-    x, grads = tiles.x, tiles.new_gradients(wanted)
-    factor = weights * (tiles.poison * x.direction_weight) / rows.norm
-    if columns is not None:  # keys have factors too: both go into the tile
-        back_factor = weights * (tiles.poison * x.direction_weight) / columns.norm
-        key_top, key_factor = tiles.by_key(columns.top, torch.inf), tiles.by_key(back_factor, 0.0)
+def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
+    """Gradients of ``sum_i weights_i loss_i``: a second pass over the scores."""
+    tiles = Tiles(x)
+    grads, weights = tiles.new_gradients(wanted), weights * (tiles.poison * x.direction_weight)
+    top, rest, norm = saved[:3]
+    factor = weights / norm
+    if x.symmetric:  # keys have factors too: both go into the tile
+        back_top, back_rest, back_norm = saved[3:]
+        back_factor = weights / back_norm
+        key_top, key_factor = tiles.by_key(back_top, torch.inf), tiles.by_key(back_factor, 0.0)
         factor, row_factor = torch.ones_like(factor), factor
     for r in tiles.row_pieces():
         for c in tiles.key_pieces():
             tile = tiles.scores(r, c)
-            if columns is not None:
+            if x.symmetric:
                 back = tiles.second(tile).sub_(key_top[c]).exp_().mul_(key_factor[c])
-            tiles.row_logits(tile, c).sub_(rows.top[r].unsqueeze(1)).exp_()
-            tiles.put_positive(tile, r, c, -rows.rest[r])
-            if columns is not None:
+            tiles.row_logits(tile, c).sub_(top[r].unsqueeze(1)).exp_()
+            tiles.put_positive(tile, r, c, -rest[r])
+            if x.symmetric:
                 tile.mul_(row_factor[r].unsqueeze(1))
             if grads.log_q is not None:
                 grads.log_q[c].addmv_(tile.T, factor[r], alpha=-1)
-            if columns is not None:
-                tiles.put_positive(back, r, c, -(back_factor * columns.rest)[r])
+            if x.symmetric:
+                tiles.put_positive(back, r, c, -(back_factor * back_rest)[r])
                 tile.add_(back)
             tiles.add_products(tile, factor[r], r, c, grads)
     return tiles.finish(grads, wanted)

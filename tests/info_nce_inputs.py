@@ -1,0 +1,29 @@
+"""Inputs of info_nce, and its loss with all gradients: what the tests of its implementations share."""
+
+import torch
+from torch import Tensor
+
+from karma_kernels import info_nce
+
+
+def make(rows: int = 7, keys: int = 11, width: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64,
+         labels: bool = True, ids: bool = True, log_q: bool = True) -> dict[str, Tensor]:
+    """Arguments by name; what is switched off is left out."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = {
+        "query": torch.randn(rows, width, generator=g, dtype=dtype),
+        "key": torch.randn(keys, width, generator=g, dtype=dtype),
+        "labels": torch.randperm(keys, generator=g)[:rows] if labels else None,
+        "key_ids": torch.randint(0, 4, (keys,), generator=g) if ids else None,
+        "log_q": torch.rand(keys, generator=g, dtype=dtype).log() if log_q else None,
+        "scale": torch.tensor(3.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+    }
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def gradients(inputs: dict[str, Tensor], weights: float | Tensor = 1.0, **options) -> list[Tensor]:
+    """[loss, the gradient of each floating input in the order given], of the sum of ``weights`` times the loss."""
+    leaves = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+    loss = info_nce(**leaves, **options)
+    (loss * weights).sum().backward()
+    return [loss.detach(), *(x.grad for x in leaves.values() if x.is_floating_point())]

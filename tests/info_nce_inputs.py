@@ -15,7 +15,7 @@ def make(rows: int = 7, keys: int = 11, width: int = 5, seed: int = 0, dtype: to
         "key": torch.randn(keys, width, generator=g, dtype=dtype),
         "labels": torch.randperm(keys, generator=g)[:rows] if labels else None,
         "key_ids": torch.randint(0, 4, (keys,), generator=g) if ids else None,
-        "log_q": torch.rand(keys, generator=g, dtype=dtype).log() if log_q else None,
+        "log_q": torch.rand(keys, generator=g, dtype=dtype).clamp_min(0.01).log() if log_q else None,  # 0 can be drawn
         "scale": torch.tensor(3.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
     }
     return {name: x for name, x in inputs.items() if x is not None}

@@ -66,7 +66,7 @@ class Side:
         self.finite = ((inverse >= torch.finfo(self.dtype).tiny) & torch.isfinite(inverse)).all()
         self.inverse = inverse.masked_fill(zero, 0)
 
-    def rows(self, r: slice) -> Tensor:
+    def rows(self, r: slice | Tensor) -> Tensor:
         x = self.x[r].to(self.dtype)
         return x if self.inverse is None else x * self.inverse[r].unsqueeze(1)
 
@@ -103,18 +103,10 @@ class Tiles:
         self.log_q = None if x.log_q is None else x.log_q.to(x.dtype)
         self.buffers = [x.query.new_empty(self.plan.rows * self.plan.keys, dtype=x.dtype)
                         for _ in range(2 if x.symmetric else 1)]
-        positive = [(self.query.rows(r) * self.one_by_one(x.labels[r])).sum(1) * x.scale
+        positive = [(self.query.rows(r) * self.key.rows(x.labels[r])).sum(1) * x.scale
                     for r in self.row_pieces()]
         self.positive = torch.cat(positive)  # (B,) scores, without log_q
         self.row_positive = self.positive if self.log_q is None else self.positive - self.log_q[x.labels]
-
-    def one_by_one(self, index: Tensor) -> Tensor:
-        k = self.x.key[index].to(self.x.dtype)
-        return k if self.key.inverse is None else k * self.key.inverse[index].unsqueeze(1)
-
-    def by_key(self, values: Tensor, other: float) -> Tensor:
-        """(B,) values of the positives -> (N,), ``other`` for keys that are nobody's positive."""
-        return values.new_full((self.x.key.shape[0],), other).scatter_(0, self.x.labels, values)
 
     def row_pieces(self) -> Iterator[slice]:
         return pieces(0, self.x.query.shape[0], self.plan.rows)
@@ -152,7 +144,7 @@ class Tiles:
         x = self.x
         top, rest = self.row_positive.clone(), torch.zeros_like(self.positive)
         if x.symmetric:  # under the largest number, keys that are nobody's positive count nothing
-            key_top = self.by_key(self.positive, torch.finfo(x.dtype).max)
+            key_top = x.by_key(self.positive, torch.finfo(x.dtype).max)
             key_rest = torch.zeros_like(key_top)
         for r in self.row_pieces():
             for c in self.key_pieces():
@@ -265,7 +257,7 @@ def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Grad
     if x.symmetric:  # keys have factors too: both go into the tile
         back_top, back_rest, back_norm = saved[3:]
         back_factor = weights / back_norm
-        key_top, key_factor = tiles.by_key(back_top, torch.inf), tiles.by_key(back_factor, 0.0)
+        key_top, key_factor = x.by_key(back_top, torch.inf), x.by_key(back_factor, 0.0)
         factor, row_factor = torch.ones_like(factor), factor
     for r in tiles.row_pieces():
         for c in tiles.key_pieces():

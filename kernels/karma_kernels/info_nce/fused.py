@@ -15,11 +15,9 @@ from torch import Tensor
 
 from . import configs
 from . import triton_kernels as kernels
-from .launch import INTERPRETED, Factors, Launch, Running, finish_all, parts_of
+from .launch import Factors, Launch, Running, finish_all, parts_of
 from .problem import Gradients, Problem, Wanted, pieces
 from .staged import Accumulators, add_tile
-
-__all__ = ["INTERPRETED", "backward", "forward"]
 
 
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:

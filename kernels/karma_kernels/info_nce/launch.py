@@ -80,10 +80,6 @@ class Launch:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.x.dtype, device=self.query.device)
 
-    def by_key(self, values: Tensor, other: float) -> Tensor:
-        """(B,) values of the positives -> (N,), ``other`` for keys that are nobody's positive."""
-        return values.new_full((self.x.key.shape[0],), other).scatter_(0, self.x.labels, values)
-
 
 def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
     """int32 ids that are equal where the given ones are: a comparison for each score should be a narrow one."""
@@ -157,7 +153,7 @@ class Running:
         if not p.x.symmetric:
             return Running(plain, positive, top, rest, plain, plain)
         # under the largest number, keys that are nobody's positive count nothing
-        key_top = p.by_key(plain, torch.finfo(plain.dtype).max)
+        key_top = p.x.by_key(plain, torch.finfo(plain.dtype).max)
         return Running(plain, positive, top, rest, key_top, torch.zeros_like(key_top))
 
     def add(self, p: Launch, config: configs.Config, r: slice, k: slice, scores: Tensor | None = None) -> None:
@@ -217,7 +213,7 @@ class Factors:
             back_top, back_rest, back_norm = saved[3:]
             back = weights / back_norm
             value = row_value - back * back_rest
-            key_top, key_factor = p.by_key(back_top, torch.inf), p.by_key(back, 0.0)
+            key_top, key_factor = p.x.by_key(back_top, torch.inf), p.x.by_key(back, 0.0)
         multiplier = torch.where(p.valid, largest / up, torch.nan)
         return Factors(top.contiguous(), factor, row_value, key_top, key_factor, value, multiplier)
 

@@ -37,6 +37,10 @@ class Problem:
         """Neither ids nor log_q, one direction: kernels need far fewer registers."""
         return self.key_ids is None and self.log_q is None and not self.symmetric
 
+    def by_key(self, values: Tensor, other: float) -> Tensor:
+        """(B,) values of the positives -> (N,), ``other`` for keys that are nobody's positive."""
+        return values.new_full((self.key.shape[0],), other).scatter_(0, self.labels, values)
+
     @property
     def direction_weight(self) -> float:
         return 0.5 if self.symmetric else 1.0

@@ -15,7 +15,7 @@ TORCH := torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || \
 	  { echo "setup: $(PYTHON) was not found; install Python 3.10 or later, or name one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

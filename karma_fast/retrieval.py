@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch  # before faiss: both bring an OpenMP runtime, and the one loaded first serves both
 
+from karma_fast.evaluation import Catalogue, top_k
 from karma_fast.evaluation.csr import Csr, check_csr
-from karma_fast.evaluation.ranks import top_k
-from karma_fast.evaluation.scores import check_vectors
+from karma_fast.evaluation.rows import Rows, check_finite, check_pair
 
 Kind = Literal["flat", "hnsw", "ivf"]
 SETTINGS_FILE, INDEX_FILE, VECTORS_FILE = "index.json", "index.faiss", "index.safetensors"
@@ -45,12 +45,15 @@ class ItemIndex:
 
     def __init__(self, embeddings: Any, kind: Kind = "flat", *, gpu: bool | None = None) -> None:
         _check_kind(kind)
-        _, vectors = check_vectors(embeddings, embeddings)
+        rows = Rows.of("items", embeddings)
+        check_pair(rows, rows)
+        check_finite("items", rows)
+        vectors = rows.float32()
         self.kind, self.num_items, self.width = kind, len(vectors), vectors.shape[1]
         self._vectors = self._index = None
         faiss = _faiss(kind)
         if faiss is None:
-            self._vectors = vectors
+            self._vectors = Catalogue(vectors)
             return
         if kind == "flat":
             index = faiss.IndexFlatIP(self.width)
@@ -88,7 +91,10 @@ class ItemIndex:
             queries = queries[None]
             if seen is not None and not (isinstance(seen, tuple) and len(seen) == 2 and np.ndim(seen[0]) == 1):
                 seen = ([0, len(seen)], seen)
-        queries, _ = check_vectors(queries, np.zeros((1, self.width), np.float32))
+        rows = Rows.of("queries", queries)
+        check_pair(rows, Rows.of("items", np.zeros((1, self.width), np.float32)))
+        check_finite("queries", rows)
+        queries = rows.float32()
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k: got {k!r}; a whole number >= 1 is needed")
         if seen is not None:
@@ -143,7 +149,7 @@ class ItemIndex:
         if self._index is None:
             from safetensors.numpy import save_file
 
-            save_file({"vectors": self._vectors}, temporary)
+            save_file({"vectors": self._vectors.rows.array}, temporary)
         else:
             import faiss
 
@@ -173,8 +179,8 @@ class ItemIndex:
         if settings["file"] == VECTORS_FILE:
             from safetensors.numpy import load_file
 
-            index._vectors = load_file(path)["vectors"]
-            found = index._vectors.shape
+            index._vectors = Catalogue(load_file(path)["vectors"])
+            found = index._vectors.rows.array.shape
         else:
             faiss = _faiss("hnsw")  # the file needs faiss, whatever the kind
             read = faiss.read_index(str(path))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karma_fast.evaluation import counting, ranks, scores
+from karma_fast.evaluation import counting, ranks, scores, torch_ranks
 from karma_fast.evaluation.csr import csr_from_lists, csr_ranges, csr_rows
 from karma_fast.evaluation.metrics import ranking_metrics
 from karma_fast.evaluation.ranks import Ranks, rank_scores, target_ranks, top_k
@@ -105,8 +105,9 @@ def test_blocks_and_threads_change_nothing(monkeypatch):
     whole, best = target_ranks(queries, items, targets, seen=seen), top_k(queries, items, 9, seen=seen)
     assert (whole.ties > 0).any()
     monkeypatch.setattr(counting, "BLOCK", 5)
-    monkeypatch.setattr(ranks, "ITEM_PANEL", 7)
-    monkeypatch.setattr(ranks, "ROW_BYTES", 3000)
+    for module in (ranks, torch_ranks):
+        monkeypatch.setattr(module, "ITEM_PANEL", 7)
+    monkeypatch.setattr(torch_ranks, "ROW_BYTES", 3000)
     monkeypatch.setattr(scores, "PAIRS", 3)
     for threads in (1, 2):
         assert as_lists(target_ranks(queries, items, targets, seen=seen, threads=threads)) == as_lists(whole)

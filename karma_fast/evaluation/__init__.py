@@ -1,7 +1,9 @@
 """Exact ranking over the whole catalogue, its metrics, and baselines."""
 
+from .catalogue import Catalogue, paths
 from .csr import csr_from_lists, seen_before
 from .metrics import ranking_metrics
 from .ranks import Ranks, rank_scores, target_ranks, top_k
 
-__all__ = ["Ranks", "csr_from_lists", "rank_scores", "ranking_metrics", "seen_before", "target_ranks", "top_k"]
+__all__ = ["Catalogue", "Ranks", "csr_from_lists", "paths", "rank_scores", "ranking_metrics", "seen_before",
+           "target_ranks", "top_k"]

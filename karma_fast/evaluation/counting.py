@@ -1,8 +1,9 @@
-"""Counting, panel by panel of scores, how many candidates lie above and level with each target."""
+"""What is ranked: the targets of each query and the items to leave out; and counts, panel by panel of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,43 +14,81 @@ from .csr import Csr, check_csr, check_integers, check_range
 BLOCK = 512  # targets at a time
 
 
-class TargetCounts:
-    """Targets and left-out items of a set of queries, and the counts so far."""
+@dataclass
+class Targets:
+    """Targets of Q queries.
 
-    def __init__(self, targets: Any, num_queries: int, num_items: int, seen: Csr | None) -> None:
+    Attributes:
+        starts: (Q + 1,) where each query's targets begin.
+        item: (T,) catalogue indices.
+        several: they came as a pair (indptr, indices).
+    """
+
+    starts: np.ndarray
+    item: np.ndarray
+    several: bool
+
+    @property
+    def query(self) -> np.ndarray:
+        """(T,) of each target."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    @property
+    def indptr(self) -> np.ndarray | None:
+        """``starts``, for :class:`Ranks` of several targets a query."""
+        return self.starts if self.several else None
+
+    @classmethod
+    def check(cls, targets: Any, num_queries: int, num_items: int) -> Targets:
+        """From (Q,) integers or a pair (indptr, indices); ValueError with what is wrong otherwise."""
         if isinstance(targets, (tuple, list)) and len(targets) == 2 and np.ndim(targets[0]) == 1:
-            self.indptr, self.item = check_csr("targets", targets, num_queries, num_items)
-            if (np.diff(self.indptr) == 0).any():
-                empty = int(np.argmin(np.diff(self.indptr)))
+            starts, item = check_csr("targets", targets, num_queries, num_items)
+            if (np.diff(starts) == 0).any():
+                empty = int(np.argmin(np.diff(starts)))
                 raise ValueError(f"targets: query {empty} has none; leave such queries out")
-        else:
-            self.indptr, self.item = None, check_integers("targets", targets)
-            if len(self.item) != num_queries:
-                raise ValueError(f"targets: got {len(self.item)} for {num_queries} queries; one each is needed, or a "
-                                 "pair (indptr, indices)")
-            check_range("targets", self.item, num_items)
-        starts = np.arange(num_queries + 1) if self.indptr is None else self.indptr
-        self.starts, self.query = starts, np.repeat(np.arange(num_queries), np.diff(starts))
-        own = self.query * num_items + self.item  # one number for (query, item)
-        if len(np.unique(own)) < len(own):
-            raise ValueError("targets: the same item twice for one query; give each target once")
-        self.greater, self.ties = np.zeros((2, len(own)), np.int64)
-        self.candidates = np.full(len(own), num_items, np.int64)
-        self.left_out = None
-        if seen is not None:
-            indptr, indices = check_csr("seen", seen, num_queries, num_items)
-            pairs = np.setdiff1d(np.repeat(np.arange(num_queries), np.diff(indptr)) * num_items + indices, own)
-            row, column = np.divmod(pairs, num_items)  # sorted by query, each pair once
-            self.left_out = (np.searchsorted(row, np.arange(num_queries + 1)), column)
+            found = cls(starts, item, True)
+            own = found.query * num_items + item  # one number for (query, item)
+            if len(np.unique(own)) < len(own):
+                raise ValueError("targets: the same item twice for one query; give each target once")
+            return found
+        item = check_integers("targets", targets)
+        if len(item) != num_queries:
+            raise ValueError(f"targets: got {len(item)} for {num_queries} queries; one each is needed, or a pair "
+                             "(indptr, indices)")
+        check_range("targets", item, num_items)
+        return cls(np.arange(num_queries + 1), item, False)
+
+
+def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
+    """Seen items without repeats and without the query's own targets, which are never left out."""
+    if seen is None:
+        return None
+    queries = len(targets.starts) - 1
+    indptr, indices = check_csr("seen", seen, queries, num_items)
+    pairs = np.setdiff1d(np.repeat(np.arange(queries), np.diff(indptr)) * num_items + indices,
+                         targets.query * num_items + targets.item)
+    row, column = np.divmod(pairs, num_items)  # sorted by query, each pair once
+    return np.searchsorted(row, np.arange(queries + 1)), column
+
+
+class TargetCounts:
+    """Counts of a set of targets so far, from scores that come in panels."""
+
+    def __init__(self, targets: Targets, num_items: int, seen: Csr | None) -> None:
+        self.targets, self.query, self.item = targets, targets.query, targets.item
+        self.greater, self.ties = np.zeros((2, len(self.item)), np.int64)
+        self.candidates = np.full(len(self.item), num_items, np.int64)
+        self.left_out = left_out(seen, targets, num_items)
+        if self.left_out is not None:
             self.candidates -= np.diff(self.left_out[0])[self.query]
 
     def blocks(self) -> Iterator[tuple[int, int, slice]]:
         """(first target, last target + 1, their queries)."""
-        start = 0
+        start, starts = 0, self.targets.starts
         while start < len(self.query):
             # whole queries, at most BLOCK targets unless one query alone has more
-            last = max(np.searchsorted(self.starts, start + BLOCK, side="right") - 1, self.query[start] + 1)
-            stop = int(self.starts[last])
+            last = max(np.searchsorted(starts, start + BLOCK, side="right") - 1, self.query[start] + 1)
+            stop = int(starts[last])
             yield start, stop, slice(int(self.query[start]), int(last))
             start = stop
 
@@ -68,7 +107,7 @@ class TargetCounts:
             inside = (columns[part] >= begin) & (columns[part] < begin + width)
             scores[torch.from_numpy(rows[inside]), torch.from_numpy(columns[part][inside] - begin)] = torch.nan
         rows = self.query[start:stop] - first
-        if self.indptr is not None:
+        if self.targets.several:
             scores = scores[torch.from_numpy(rows)]  # one row a target
         item = self.item[start:stop] - begin
         inside = np.flatnonzero((item >= 0) & (item < width))

@@ -27,6 +27,8 @@ def ranking_metrics(ranks: Ranks, ks: Sequence[int] = (1, 5, 10, 50, 200), *, nu
     tie_share      share of queries whose target ties with another candidate
     =============  ====================================================================================================
 
+    Ranks that were counted with ``largest_k`` have no MRR, AUC and tie_share.
+
     Targets of one query that tie with each other take places one after another, so no two share a place.
 
     Args:
@@ -50,6 +52,9 @@ def ranking_metrics(ranks: Ranks, ks: Sequence[int] = (1, 5, 10, 50, 200), *, nu
     ks = [int(k) for k in ks]
     if any(k < 1 for k in ks):
         raise ValueError(f"ks: got {ks}; whole numbers >= 1 are needed")
+    if ranks.largest_k is not None and max(ks, default=0) > ranks.largest_k:
+        raise ValueError(f"ks: got {ks}, but ranks were counted with largest_k={ranks.largest_k}, which is exact for "
+                         f"cut-offs up to {ranks.largest_k}; rank again with a larger one")
     if num_items is not None and ranks.candidates.max() > num_items:
         raise ValueError(f"num_items: got {num_items}, but {ranks.candidates.max()} items were ranked")
 
@@ -57,6 +62,8 @@ def ranking_metrics(ranks: Ranks, ks: Sequence[int] = (1, 5, 10, 50, 200), *, nu
     starts, count = indptr[:-1], np.diff(indptr)  # targets of query i: starts[i] up to starts[i] + count[i]
     query = np.repeat(np.arange(len(ranks)), count)
     place, nth = _places(ranks, query, starts)
+    if ranks.largest_k is not None:
+        place[ranks.greater >= ranks.largest_k] = np.inf
     gain = 1 / np.log2(place + 2)
     ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(count.max()) + 2))])
 
@@ -65,13 +72,15 @@ def ranking_metrics(ranks: Ranks, ks: Sequence[int] = (1, 5, 10, 50, 200), *, nu
 
     out = {f"HR@{k}": float((np.minimum.reduceat(place, starts) < k).mean()) for k in ks}
     out |= {f"NDCG@{k}": float((per_query(gain * (place < k)) / ideal[np.minimum(count, k)]).mean()) for k in ks}
+    if ranks.indptr is not None and count.max() > 1:
+        out |= {f"recall@{k}": float((per_query(place < k) / count).mean()) for k in ks}
+    if ranks.largest_k is not None:
+        return out
     out["MRR"] = float((1 / (np.minimum.reduceat(place, starts) + 1)).mean())
     negatives = ranks.candidates[starts] - count
     wrong = per_query(place - nth)  # the nth target from the top has nth targets above it, the rest is wrong
     useful = negatives > 0
     out["AUC"] = float((1 - wrong[useful] / (negatives * count)[useful]).mean()) if useful.any() else float("nan")
-    if ranks.indptr is not None and count.max() > 1:
-        out |= {f"recall@{k}": float((per_query(place < k) / count).mean()) for k in ks}
     out["tie_share"] = float((np.maximum.reduceat(ranks.ties, starts) > 0).mean())
     if out["tie_share"] > TIE_SHARE_LIMIT:
         warnings.warn(f"{out['tie_share']:.0%} of the queries have a target with exactly the score of another "

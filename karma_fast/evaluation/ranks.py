@@ -1,27 +1,26 @@
 """Exact ranks over the whole catalogue, without ever holding the whole score matrix.
 
-Two items tie exactly if the defined scores (``karma_fast/evaluation/scores.py``) are the same float32. Products in
-float64 settle all pairs but those whose score lies within the rounding error of the target's; these few are computed
-as defined. So the counts do not depend on blocks, threads, machine or libraries, a target never counts itself, and
-copies of an item always tie.
+The score of a query and an item is the chain ``acc = fma(q[d], x[d], acc)`` over the width in float32, from 0. Two
+items tie exactly if these are the same float32. So counts do not depend on blocks, threads, machine or libraries, a
+target never counts itself, and copies of an item always tie.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .counting import TargetCounts
+from . import native_ranks, torch_ranks
+from .catalogue import Catalogue, check_path, native, thread_count
+from .counting import TargetCounts, Targets
 from .csr import Csr, check_csr
-from .scores import check_vectors, error_bound, pair_scores
+from .rows import Rows, check_finite, check_pair
 
-ITEM_PANEL = 8192  # with the 512 targets of a block 32 MB of float64 scores at a time
-ROW_BYTES = 64 << 20  # of whole rows of scores in top_k
+ITEM_PANEL = 8192  # of given scores, looked at together
 
 
 @dataclass
@@ -33,12 +32,15 @@ class Ranks:
         ties: (T,) other candidates with the same score.
         candidates: (T,) items that were ranked, the target included: the catalogue without the items left out.
         indptr: (Q + 1,) where each query's targets begin; None: one target a query.
+        largest_k: a target with this many candidates above it has just this as ``greater``, and no ties, wherever it
+            stands; None: all counts are complete.
     """
 
     greater: np.ndarray
     ties: np.ndarray
     candidates: np.ndarray
     indptr: np.ndarray | None = None
+    largest_k: int | None = None
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -51,25 +53,58 @@ class Ranks:
 
     @staticmethod
     def concat(parts: list[Ranks]) -> Ranks:
-        """The ranks of several calls as one."""
-        if not parts:
-            raise ValueError("parts: got an empty list; at least one Ranks is needed")
+        """The ranks of several sets of queries as one."""
+        limit = same_limit(parts)
         counts = [np.concatenate([getattr(p, name) for p in parts]) for name in ("greater", "ties", "candidates")]
         if all(p.indptr is None for p in parts):
-            return Ranks(*counts)
+            return Ranks(*counts, largest_k=limit)
         sizes = [np.ones(len(p), np.int64) if p.indptr is None else np.diff(p.indptr) for p in parts]
-        return Ranks(*counts, indptr=np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+        return Ranks(*counts, indptr=np.concatenate([[0], np.cumsum(np.concatenate(sizes))]), largest_k=limit)
+
+    @staticmethod
+    def sum(parts: list[Ranks]) -> Ranks:
+        """The ranks of the same targets from parts of the catalogue (``item_range``) as those from all of it."""
+        limit = same_limit(parts)
+        sizes = [len(p.greater) for p in parts]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"parts: got {sizes} targets; each part must rank the same ones")
+        greater, ties, candidates = (sum(getattr(p, name) for p in parts) for name in
+                                     ("greater", "ties", "candidates"))
+        if limit is not None:
+            ties = np.where(greater >= limit, 0, ties)
+            greater = np.minimum(greater, limit)
+        return Ranks(greater, ties, candidates, parts[0].indptr, limit)
 
 
-def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = None, threads: int = 0) -> Ranks:
+def same_limit(parts: list[Ranks]) -> int | None:
+    if not parts:
+        raise ValueError("parts: got an empty list; at least one Ranks is needed")
+    if len({p.largest_k for p in parts}) > 1:
+        raise ValueError(f"parts: largest_k differs, got {[p.largest_k for p in parts]}; rank all parts with one")
+    return parts[0].largest_k
+
+
+def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = None, threads: int = 0,
+                 item_range: tuple[int, int] | None = None, largest_k: int | None = None, path: str = "auto",
+                 progress: bool = False) -> Ranks:
     """Ranks of each query's targets among all items by inner product.
+
+    On a CPU a C++ extension streams packed items past the queries and counts; tensors that lie on a GPU are ranked
+    there. Memory beyond the inputs is that of the packed items, at most about 1 GiB at a time if they are not a
+    :class:`Catalogue`; ``items`` may be a memory map larger than the memory.
 
     Args:
         queries: (Q, D) float32, float16 or bfloat16, array or tensor.
-        items: (N, D), likewise.
+        items: (N, D), likewise, or a :class:`Catalogue`, which is packed once for many calls.
         targets: (Q,) integers, or a pair (indptr (Q + 1,), indices) for several different targets a query.
         seen: pair (indptr (Q + 1,), indices) of items to leave out of a query's ranking. Its own targets never are.
-        threads: of the matrix products; 0 leaves torch's setting.
+        threads: 0 takes torch's setting.
+        item_range: (start, stop): only these candidates count. Parts that cover the catalogue, from several processes
+            for example, add up with :meth:`Ranks.sum`.
+        largest_k: stop at targets with this many candidates above them. Hit rates, recall and NDCG up to this K stay
+            exact; MRR and AUC cannot be had from it.
+        path: one of :func:`karma_fast.evaluation.paths`, or "torch"; all have the same result.
+        progress: show a bar (needs tqdm).
 
     Raises:
         ValueError: NaN or infinite values, wrong shapes, widths or dtypes, items outside the catalogue, an empty
@@ -78,28 +113,107 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
     Example:
         >>> items = np.eye(4, dtype=np.float32)
         >>> queries = np.array([[0.1, 0.9, 0.2, 0.2]], np.float32)
-        >>> target_ranks(queries, items, [2])
-        Ranks(greater=array([1]), ties=array([1]), candidates=array([4]), indptr=None)
+        >>> ranks = target_ranks(queries, items, [2])
+        >>> ranks.greater, ranks.ties, ranks.candidates
+        (array([1]), array([1]), array([4]))
         >>> target_ranks(queries, items, [2], seen=([0, 1], [1])).expected
         array([0.5])
+        >>> Ranks.sum([target_ranks(queries, items, [2], item_range=part) for part in ((0, 3), (3, 4))]).expected
+        array([1.5])
     """
-    queries, items = check_vectors(queries, items)
-    goal = TargetCounts(targets, len(queries), len(items), seen)
-    margin = error_bound(queries, items)
-    exact = pair_scores(queries, items, goal.query, goal.item)
-    with _threads(threads):
-        wide = torch.from_numpy(queries).double()
-        for begin in range(0, len(items), ITEM_PANEL):
-            panel = torch.from_numpy(items[begin:begin + ITEM_PANEL]).double().T
-            for start, stop, rows in goal.blocks():
-                scores = wide[rows] @ panel
-                first = rows.start
+    users, catalogue = checked(queries, items, path)
+    goal = Targets.check(targets, len(users), len(catalogue))
+    if seen is not None:
+        seen = check_csr("seen", seen, len(users), len(catalogue))
+    span = check_range_of(item_range, len(catalogue))
+    if largest_k is not None and (isinstance(largest_k, bool) or int(largest_k) != largest_k or largest_k < 1):
+        raise ValueError(f"largest_k: got {largest_k!r}; a whole number >= 1 is needed")
+    thread_count(threads)
+    with progress_bar(progress, span) as bar:
+        if native and path != "torch":
+            counts = native_ranks.count(users, catalogue, goal, seen, span, largest_k, path, threads, bar)
+        else:
+            counts = by_torch(users, catalogue, goal, seen, span, largest_k, threads)
+            bar.update(span[1] - span[0])
+    return Ranks(*counts, goal.indptr, largest_k)
 
-                def decide(row, column, begin=begin, first=first):
-                    return pair_scores(queries, items, row + first, column + begin)
 
-                goal.count(scores, start, stop, first, begin, exact, margin, decide)
-    return Ranks(goal.greater, goal.ties, goal.candidates, goal.indptr)
+def by_torch(queries: np.ndarray, catalogue: Catalogue, goal: Targets, seen: Csr | None, span: tuple[int, int],
+             largest_k: int | None, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts = TargetCounts(goal, len(catalogue), seen)
+    torch_ranks.count(counts, queries, catalogue.rows.float32(), *span, threads)
+    if span != (0, len(catalogue)):
+        counts.candidates[:] = span[1] - span[0]
+        if counts.left_out is not None:
+            counts.candidates -= np.diff(native_ranks.within(counts.left_out, *span)[0])[counts.query]
+    if largest_k is not None:
+        stopped = counts.greater >= largest_k
+        counts.greater[stopped], counts.ties[stopped] = largest_k, 0
+    return counts.greater, counts.ties, counts.candidates
+
+
+def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads: int = 0, path: str = "auto") \
+        -> tuple[np.ndarray, np.ndarray]:
+    """The k items of highest score for each query, best first, ties by lower index.
+
+    Args:
+        queries, items, seen, threads, path: see :func:`target_ranks`; here everything in ``seen`` is left out.
+        k: at least 1.
+
+    Returns:
+        scores (Q, k) float32 and indices (Q, k) int64; -inf and -1 where fewer than k items remain.
+
+    Example:
+        >>> top_k(np.array([[1.0, 2.0]], np.float32), np.eye(2, dtype=np.float32), 3)
+        (array([[  2.,   1., -inf]], dtype=float32), array([[ 1,  0, -1]]))
+    """
+    users, catalogue = checked(queries, items, path)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k: got {k!r}; a whole number >= 1 is needed")
+    if seen is not None:
+        seen = check_csr("seen", seen, len(users), len(catalogue))
+    thread_count(threads)
+    if native and path != "torch":
+        return native_ranks.best_items(users, catalogue, int(k), seen, path, threads)
+    return torch_ranks.best_items(users, catalogue.rows.float32(), int(k), seen, threads)
+
+
+def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]:
+    """(Q, D) float32 and the catalogue."""
+    users = Rows.of("queries", queries)
+    check_path(path)
+    rows = items.rows if isinstance(items, Catalogue) else Rows.of("items", items)
+    check_pair(users, rows)
+    check_finite("queries", users)
+    catalogue = items if isinstance(items, Catalogue) else Catalogue.passing(items)
+    if path == "torch":
+        check_finite("items", rows)
+    return users.float32(), catalogue
+
+
+def check_range_of(item_range: Any, num_items: int) -> tuple[int, int]:
+    if item_range is None:
+        return 0, num_items
+    start, stop = (int(x) for x in item_range)
+    if not 0 <= start <= stop <= num_items:
+        raise ValueError(f"item_range: got {tuple(item_range)}; 0 <= start <= stop <= {num_items} is needed")
+    return start, stop
+
+
+def progress_bar(progress: bool, span: tuple[int, int]) -> Any:
+    if not progress:
+        return NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=span[1] - span[0], desc="ranking", unit="item", unit_scale=True)
+
+
+class NoBar(contextlib.nullcontext):
+    def __enter__(self) -> NoBar:
+        return self
+
+    def update(self, n: float) -> None:
+        pass
 
 
 def rank_scores(scores: Any, targets: Any, seen: Csr | None = None) -> Ranks:
@@ -119,67 +233,11 @@ def rank_scores(scores: Any, targets: Any, seen: Csr | None = None) -> Ranks:
                          "with at least one item is needed")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores: NaN or infinite values cannot be ranked")
-    goal = TargetCounts(targets, *scores.shape, seen)
+    targets = Targets.check(targets, *scores.shape)
+    goal = TargetCounts(targets, scores.shape[1], seen)
     exact = scores[torch.from_numpy(goal.query), torch.from_numpy(goal.item)].double().numpy()
     for begin in range(0, scores.shape[1], ITEM_PANEL):
         for start, stop, rows in goal.blocks():
             panel = scores[rows, begin:begin + ITEM_PANEL].to(torch.float64, copy=True)
             goal.count(panel, start, stop, rows.start, begin, exact, np.zeros(len(scores)), None)
-    return Ranks(goal.greater, goal.ties, goal.candidates, goal.indptr)
-
-
-def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads: int = 0) \
-        -> tuple[np.ndarray, np.ndarray]:
-    """The k items of highest score for each query, best first, ties by lower index.
-
-    Args:
-        queries, items, seen, threads: see :func:`target_ranks`; here everything in ``seen`` is left out.
-        k: at least 1.
-
-    Returns:
-        scores (Q, k) float32 and indices (Q, k) int64; -inf and -1 where fewer than k items remain.
-
-    Example:
-        >>> top_k(np.array([[1.0, 2.0]], np.float32), np.eye(2, dtype=np.float32), 3)
-        (array([[  2.,   1., -inf]], dtype=float32), array([[ 1,  0, -1]]))
-    """
-    queries, items = check_vectors(queries, items)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k: got {k!r}; a whole number >= 1 is needed")
-    if seen is not None:
-        seen = check_csr("seen", seen, len(queries), len(items))
-    margin = 2 * error_bound(queries, items)
-    best, found = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    size, take = max(1, ROW_BYTES // (8 * len(items))), min(k, len(items))
-    with _threads(threads):
-        for start in range(0, len(queries), size):
-            block = torch.from_numpy(queries[start:start + size]).double()
-            scores = torch.cat([block @ torch.from_numpy(items[i:i + ITEM_PANEL]).double().T
-                                for i in range(0, len(items), ITEM_PANEL)], dim=1)
-            if seen is not None:
-                left_out = seen[1][seen[0][start]:seen[0][start + len(block)]]
-                rows = np.repeat(np.arange(len(block)), np.diff(seen[0][start:start + len(block) + 1]))
-                scores[torch.from_numpy(rows), torch.from_numpy(left_out)] = -torch.inf
-            least = scores.topk(take, dim=1).values[:, -1] - torch.from_numpy(margin[start:start + size])
-            near = (scores >= least[:, None]) & (scores > -torch.inf)
-            row, item = (x.numpy() for x in near.nonzero(as_tuple=True))
-            exact = pair_scores(queries, items, row + start, item)
-            order = np.lexsort((item, -exact, row))
-            row, item, exact = row[order], item[order], exact[order]
-            place = np.arange(len(row)) - np.searchsorted(row, row)  # in the query's own list
-            row, item, exact, place = (x[place < k] for x in (row, item, exact, place))
-            best[row + start, place], found[row + start, place] = exact, item
-    return best, found
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
-        raise ValueError(f"threads: got {threads!r}; 0 or a positive number is needed")
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return Ranks(goal.greater, goal.ties, goal.candidates, targets.indptr)

@@ -6,10 +6,7 @@ blocking, threads or instruction set, so equal vectors have equal scores whereve
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
 PAIRS = 1024  # pairs worked on at once: their running sums stay in the cache
 MIDPOINT, BELOW_FLOAT32 = 1 << 28, (1 << 29) - 1  # of the 29 bits which float64 has and float32 has not
@@ -61,32 +58,15 @@ def error_bound(queries: np.ndarray, items: np.ndarray) -> np.ndarray:
     rounding = (width + 1) * 2.0**-24 / (1 - (width + 1) * 2.0**-24)
     longest = max((norms(items[i:i + 65536]).max() for i in range(0, len(items), 65536)), default=0.0)
     largest = norms(queries) * longest
-    if largest.size and largest.max() > 1e38:
-        raise ValueError(f"queries and items: scores may reach {largest.max():.3g} and overflow float32; scale them "
-                         "down")
+    check_overflow(largest.max(initial=0))
     return 1.001 * rounding * largest + width * 2.0**-149
+
+
+def check_overflow(largest: float) -> None:
+    """ValueError if scores of this size are too near the end of float32."""
+    if largest > 1e38:
+        raise ValueError(f"queries and items: scores may reach {largest:.3g} and overflow float32; scale them down")
 
 
 def norms(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
-
-
-def check_vectors(queries: Any, items: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, D) and (N, D), arrays or tensors in float32 or half precision -> float32 arrays; ValueError otherwise."""
-    checked = []
-    for name, x in (("queries", queries), ("items", items)):
-        x = x.detach().cpu() if isinstance(x, torch.Tensor) else torch.as_tensor(np.asarray(x))
-        if x.ndim != 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, dtype {x.dtype}; (rows, width) in float32, float16 "
-                             "or bfloat16 is needed")
-        x = np.ascontiguousarray(x.float().numpy())
-        if not all(np.isfinite(x[i:i + 65536]).all() for i in range(0, len(x), 65536)):
-            raise ValueError(f"{name}: NaN or infinite values cannot be ranked; the model that made them has diverged")
-        checked.append(x)
-    queries, items = checked
-    if queries.shape[1] != items.shape[1] or queries.shape[1] == 0:
-        raise ValueError(f"queries have width {queries.shape[1]} and items {items.shape[1]}; the same width >= 1 is "
-                         "needed")
-    if len(items) == 0:
-        raise ValueError("items: the catalogue is empty")
-    return queries, items

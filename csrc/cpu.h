@@ -1,0 +1,13 @@
+// Which kernels this machine can run.
+#pragma once
+
+#include <vector>
+
+#include "kernel.h"
+
+namespace karma {
+
+std::vector<const Kernel*> kernels();          // the fastest of each precision first
+const Kernel* kernel_named(const char* name);  // null: none, or not on this machine
+
+}  // namespace karma

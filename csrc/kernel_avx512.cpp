@@ -1,0 +1,53 @@
+#include "kernel.h"
+
+#ifdef KARMA_X86
+#include <math.h>
+#include <string.h>
+// a false alarm inside the compiler's own header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi,popcnt")
+#include "avx512.h"
+
+namespace {
+
+struct Lanes {
+  static constexpr int count = 16;
+  __m512 v;
+  static KARMA_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
+  KARMA_INLINE void add(const float* a, const float* b) {
+    v = _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), v);
+  }
+  static KARMA_INLINE float sum(const Lanes* x) {
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(x[0].v, x[1].v), _mm512_add_ps(x[2].v, x[3].v)));
+  }
+};
+
+}  // namespace
+
+#include "basics.h"
+#include "scan.h"
+
+namespace {
+
+struct Step {
+  static KARMA_INLINE __m512 next(__m512 acc, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc);
+  }
+};
+
+struct Tile {
+  static constexpr int group = kGroup;
+  template <class Row>
+  KARMA_INLINE void compute(const uint32_t* q, const uint32_t* x, int64_t steps, Row row) {
+    tile_of<Floats, Step>(q, x, steps, _mm512_setzero_ps(), _mm512_setzero_ps(), row);
+  }
+};
+
+}  // namespace
+
+namespace karma {
+extern const Basics kBasicsAvx512;
+const Basics kBasicsAvx512 = kBasics;
+const Kernel kAvx512 = {"avx512", Precision::float32, true, kGroup, false, 1, &kBasicsAvx512, scan<Tile>};
+}  // namespace karma
+#endif

@@ -1,0 +1,142 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "threads.h"
+
+namespace karma {
+
+namespace {
+
+constexpr int64_t kBlockBytes = 384 << 10;  // stays in a second-level cache beside a group of queries
+constexpr int64_t kBlockRows = 512 << 10;   // likewise the float32 rows that a filter leaves undecided
+constexpr int64_t kBlockItems = 4096;
+
+int64_t per_unit(Precision precision) {
+  return precision == Precision::float32 ? 1 : precision == Precision::bfloat16 ? 2 : 4;
+}
+
+// One row as units; returns its lengths. shift and sum as in Basics::to_int8.
+Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double scale, int shift, uint32_t* out,
+                  int64_t units, int32_t* sum) {
+  const Basics& basics = *kernel.basics;
+  double squares[3];
+  if (kernel.precision == Precision::float32) {
+    std::memcpy(out, row, size_t(width) * 4);
+    std::memset(out + width, 0, size_t(units - width) * 4);
+    squares[0] = squares[1] = basics.square(row, width);
+    squares[2] = 0;
+  } else if (kernel.precision == Precision::bfloat16) {
+    basics.to_bfloat16(row, width, out, units, squares);
+  } else {
+    basics.to_int8(row, width, float(scale), shift, out, units, squares, sum);
+  }
+  // float32 rounds what is stored, and the difference, by a few parts in 10 million of the row
+  const double slack = kernel.precision == Precision::int8 ? 4e-7 : 0;
+  Lengths found;
+  found.full = std::sqrt(squares[0]);
+  found.stored = std::sqrt(squares[1]) + slack * found.full;
+  found.error = std::sqrt(squares[2]) + slack * found.full;
+  found.scale = scale;
+  return found;
+}
+
+double scale_for(float largest) {
+  // tiny vectors are stored as zeros; that is then their error
+  return largest > 1e-30f ? double(largest / 127) : 1.0;
+}
+
+void widen(Lengths& most, const Lengths& one) {
+  most.full = std::max(most.full, one.full);
+  most.stored = std::max(most.stored, one.stored);
+  most.error = std::max(most.error, one.error);
+}
+
+}  // namespace
+
+Units allocate(int64_t units) {
+  const size_t bytes = (size_t(std::max<int64_t>(units, 1)) * 4 + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  return Units(static_cast<uint32_t*>(p));
+}
+
+int64_t steps_of(const Kernel& kernel, int64_t width) {
+  const int64_t per = per_unit(kernel.precision), units = (width + per - 1) / per;
+  return (units + kernel.multiple - 1) / kernel.multiple * kernel.multiple;
+}
+
+Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, int threads)
+    : kernel(k), begin(first), end(last), width(rows.width), steps(steps_of(k, rows.width)),
+      panel_units((steps + (k.precision == Precision::int8)) * kPanel) {
+  block_panels = std::min(kBlockBytes / (panel_units * 4), kBlockItems / kPanel);
+  if (!k.exact) block_panels = std::min(block_panels, kBlockRows / (width * 4 * kPanel));
+  block_panels = std::max<int64_t>(block_panels, 1);
+  const int64_t count = (panels() + block_panels - 1) / block_panels;
+  blocks.resize(size_t(count));
+  units_ = allocate(panels() * panel_units);
+  const Basics& basics = *kernel.basics;
+  parallel(count, threads, [&](int64_t b, int) {
+    std::vector<float> copy(rows.storage == Storage::float32 ? 0 : size_t(width));
+    const Units one_panel = allocate(kPanel * steps);
+    const int64_t start = begin + b * block_items(), stop = start + items_of(b);
+    double scale = 1;
+    if (kernel.precision == Precision::int8) {
+      float most = 0;
+      for (int64_t i = start; i < stop; ++i)
+        most = std::max(most, basics.largest(rows.floats(basics, i, copy.data()), width));
+      scale = scale_for(std::isfinite(most) ? most : 1);
+    }
+    Lengths& found = blocks[size_t(b)];
+    for (int64_t panel = start; panel < stop; panel += kPanel) {
+      uint32_t* out = units_.get() + (panel - begin) / kPanel * panel_units;
+      int32_t sums[kPanel] = {};
+      for (int64_t i = 0; i < kPanel; ++i) {
+        uint32_t* units = one_panel.get() + i * steps;
+        if (panel + i >= stop) {
+          std::memset(units, 0, size_t(steps) * 4);
+          continue;
+        }
+        const Lengths one = row_units(kernel, rows.floats(basics, panel + i, copy.data()), width, scale, 0, units,
+                                      steps, &sums[i]);
+        if (!std::isfinite(one.full)) throw NotFinite("items", panel + i);
+        widen(found, one);
+      }
+      if (kernel.precision == Precision::int8) {
+        for (int i = 0; i < kPanel; ++i) *out++ = uint32_t(-128 * sums[i]);
+      }
+      for (int64_t s = 0; s < steps; ++s)
+        for (int i = 0; i < kPanel; ++i) *out++ = one_panel[size_t(i * steps + s)];
+    }
+    found.scale = scale;
+  });
+}
+
+Lengths Packed::most() const {
+  Lengths found;
+  for (const Lengths& b : blocks) widen(found, b);
+  return found;
+}
+
+void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64_t count, int64_t width, uint32_t* out,
+                Lengths* lengths) {
+  const int64_t steps = steps_of(kernel, width), group = kernel.group;
+  const Units one = allocate(steps);
+  for (int64_t i = 0; i < group; ++i) {
+    if (i < count) {
+      const float* q = queries + (first + i) * width;
+      int32_t sum;
+      const double scale = kernel.precision == Precision::int8 ? scale_for(kernel.basics->largest(q, width)) : 1;
+      lengths[i] = row_units(kernel, q, width, scale, 128, one.get(), steps, &sum);
+      if (!std::isfinite(lengths[i].full)) throw NotFinite("queries", first + i);
+    } else {
+      std::memset(one.get(), 0, size_t(steps) * 4);
+    }
+    for (int64_t s = 0; s < steps; ++s) out[kernel.by_row ? i * steps + s : s * group + i] = one[size_t(s)];
+  }
+}
+
+}  // namespace karma

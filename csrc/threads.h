@@ -1,0 +1,41 @@
+// Tasks from a counter, shared by a few threads. The caller's own thread is one of them.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace karma {
+
+// work(task, thread) for every task below `tasks`; the first exception is thrown here once all threads have stopped.
+template <class Work>
+void parallel(int64_t tasks, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex guard;
+  const auto run = [&](int thread) {
+    try {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, thread);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      if (!error) error = std::current_exception();
+      next = tasks;
+    }
+  };
+  const int others = int(std::min<int64_t>(std::max(threads, 1), tasks)) - 1;
+  std::vector<std::thread> team;
+  try {
+    for (int i = 0; i < others; ++i) team.emplace_back(run, i + 1);
+  } catch (const std::system_error&) {
+    // no more threads to be had: those that are there do it
+  }
+  run(0);
+  for (std::thread& t : team) t.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace karma

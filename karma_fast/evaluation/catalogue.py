@@ -1,0 +1,113 @@
+"""A catalogue's vectors, and the packed copies that the C++ extension compares queries with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .rows import Rows, check_finite
+
+try:
+    from karma_fast import _C as native
+except ImportError:  # built without a compiler
+    native = None
+
+PART_BYTES = 1 << 30  # of packed copies at a time, for a catalogue that is used once
+NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4, "exact": 4}  # bytes of a number in what a path packs
+
+
+def paths() -> dict[str, str]:
+    """What can run here: the name of each path, and what it computes in.
+
+    "exact": float32 in the defined order. Others filter in less, and what their error bound leaves open is decided in
+    float32. Results are the same for all.
+    """
+    return dict(native.paths()) if native else {}
+
+
+class Catalogue:
+    """Items to rank among, packed once and used by many calls in place of their vectors.
+
+    Args:
+        items: (N, D) float32, float16 or bfloat16, array, memory map or tensor. Not copied; must not change.
+        path: pack at once for this path (see :func:`paths`); "auto" packs at the first use, for the path that suits
+            the queries.
+        threads: for packing; 0 takes torch's setting.
+
+    Raises:
+        ValueError: wrong shape or dtype, no items, an unknown path, NaN or infinite values (seen when packing).
+
+    Attributes:
+        rows: the vectors. nbytes: of the packed copies so far.
+
+    Example:
+        >>> import numpy as np
+        >>> from karma_fast.evaluation import target_ranks
+        >>> catalogue = Catalogue(np.eye(4, dtype=np.float32))
+        >>> target_ranks(np.array([[0.1, 0.9, 0.2, 0.2]], np.float32), catalogue, [2]).expected
+        array([1.5])
+    """
+
+    def __init__(self, items: Any, *, path: str = "auto", threads: int = 0) -> None:
+        self.rows = Rows.of("items", items)
+        if len(self.rows) == 0 or self.rows.width == 0:
+            raise ValueError(f"items: the catalogue is empty, its shape is {self.rows.array.shape}")
+        check_path(path)
+        self._packed: dict[str, Any] = {}
+        self._kept = True
+        if path not in ("auto", "torch"):
+            self.pack(path, threads)
+        elif not native or path == "torch":
+            check_finite("items", self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes for packed in self._packed.values())
+
+    def pack(self, path: str, threads: int = 0) -> Any:
+        """The packed copy for a path, made at the first call."""
+        if path not in self._packed:
+            self._packed[path] = pack(self.rows, path, 0, len(self), threads)
+        return self._packed[path]
+
+    def holds(self, path: str) -> bool:
+        return path in self._packed
+
+    def parts(self, path: str, begin: int, end: int, threads: int) -> Iterator[Any]:
+        """Packed copies that together hold items begin..end; all of it in one if it is kept."""
+        size = len(self) if self._kept else max(1024, PART_BYTES // (self.rows.width * NUMBER_BYTES[paths()[path]]))
+        if self._kept or (begin == 0 and end == len(self) and end <= size):
+            yield self.pack(path, threads)
+            return
+        for start in range(begin, end, size):
+            yield pack(self.rows, path, start, min(start + size, end), threads)
+
+    @classmethod
+    def passing(cls, items: Any) -> Catalogue:
+        """For vectors that were given to one call: a large catalogue is packed part by part and forgotten."""
+        out = cls(items)
+        out._kept = False
+        return out
+
+
+def pack(rows: Rows, path: str, begin: int, end: int, threads: int) -> Any:
+    return native.Items(rows.array, rows.storage, path, begin, end, thread_count(threads))
+
+
+def check_path(path: str) -> None:
+    known = ["auto", "torch", *paths()]
+    if path not in known:
+        raise ValueError(f"path: got {path!r}; this machine has {', '.join(known)}"
+                         + ("" if native else " (the C++ extension was not built, see `karma-fast doctor`)"))
+
+
+def thread_count(threads: int) -> int:
+    """0 means torch's own number, so that both together do not ask for more than there is."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads: got {threads!r}; 0 or a positive number is needed")
+    return threads or torch.get_num_threads()

@@ -1,0 +1,136 @@
+"""Ranks and the k best items by the C++ extension: what is packed, which path each query takes, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .catalogue import Catalogue, native, thread_count
+from .counting import Targets
+from .csr import Csr, csr_rows
+from .routing import count_routes, top_k_path
+from .scores import check_overflow, norms
+
+STEP = 100 * 10**9  # products a thread between two looks at the progress bar, at Ctrl-C and at who is done: 1 to 2 s
+FIRST_ITEMS = 8192  # of the first step if queries may stop early; each step is twice as long
+
+
+class Counts:
+    """Targets, their scores, and the counts so far, all (T,)."""
+
+    def __init__(self, queries: np.ndarray, catalogue: Catalogue, targets: Targets, threads: int) -> None:
+        rows = catalogue.rows
+        self.queries, self.rows, self.targets = queries, rows, targets
+        self.threads = thread_count(threads)
+        self.query = targets.query
+        self.score = native.pair_scores(queries, rows.array, rows.storage, self.query, targets.item, self.threads)
+        self.greater, self.equal = np.zeros((2, len(self.score)), np.int64)
+        self.longest_query = longest(queries)
+        self.longest_item = 0.0
+
+    def of(self, which: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Their targets, and (queries, starts, targets) of some queries as the extension takes them."""
+        starts = self.targets.starts
+        count = starts[which + 1] - starts[which]
+        first = np.concatenate([[0], np.cumsum(count)])
+        mine = np.arange(first[-1]) - np.repeat(first[:-1] - starts[which], count)
+        return mine, (self.queries[which], first, self.targets.item[mine])
+
+    def add(self, packed: Any, which: np.ndarray, begin: int, end: int) -> None:
+        """Counts items begin..end of a packed copy for some queries."""
+        self.longest_item = max(self.longest_item, packed.longest)
+        check_overflow(self.longest_query * self.longest_item)
+        mine, (queries, first, item) = self.of(which)
+        greater, equal = np.zeros((2, len(mine)), np.int64)
+        packed.count(queries, first, item, self.score[mine], begin, end, greater, equal, self.threads)
+        self.greater[mine] += greater
+        self.equal[mine] += equal
+
+    def leave_out(self, listed: Csr) -> None:
+        """Takes listed items of each query off its counts."""
+        greater, equal = np.zeros((2, len(self.score)), np.int64)
+        native.count_listed(self.rows.array, self.rows.storage, self.longest_item, self.queries, self.targets.starts,
+                            self.targets.item, self.score, *listed, greater, equal, self.threads)
+        self.greater -= greater
+        self.equal -= equal
+
+
+def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr | None, item_range: tuple[int, int],
+          largest_k: int | None, path: str, threads: int, bar: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(T,) greater, equal and candidates among the items in ``item_range``, from checked input."""
+    begin, end = item_range
+    counts = Counts(queries, catalogue, targets, threads)
+    listed = left_out(seen, targets, len(catalogue))
+    if listed is not None and item_range != (0, len(catalogue)):
+        listed = within(listed, begin, end)
+    most = None
+    if largest_k is not None:  # seen items are counted first and taken off at the end
+        most = largest_k + (0 if listed is None else np.diff(listed[0])[counts.query])
+    routes = count_routes(catalogue, queries, counts.score, targets, path, counts.threads)
+    for route, which in routes:
+        for packed in catalogue.parts(route, begin, end, threads):
+            for start, stop in steps(packed, begin, end, len(which) * queries.shape[1], counts.threads, most is None):
+                counts.add(packed, which, start, stop)
+                bar.update((stop - start) * len(which) / max(1, len(queries)))
+                if most is not None:
+                    open_targets = counts.greater < most
+                    which = which[np.maximum.reduceat(open_targets, targets.starts[:-1])[which]]
+    candidates = np.full(len(counts.score), end - begin, np.int64)
+    if listed is not None:
+        counts.leave_out(listed)
+        candidates -= np.diff(listed[0])[counts.query]
+    if largest_k is not None:
+        stopped = counts.greater >= largest_k
+        counts.greater[stopped], counts.equal[stopped] = largest_k, 0
+    return counts.greater, counts.equal, candidates
+
+
+def steps(packed: Any, begin: int, end: int, work: int, threads: int, whole: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of items, full blocks where they can be; ``work``: products of an item with all queries."""
+    block, last = packed.block_items, min(end, packed.end)
+    most = max(1, STEP * threads // max(1, work) // block) * block
+    size, start = most if whole else min(most, -(-FIRST_ITEMS // block) * block), max(begin, packed.begin)
+    while start < last:
+        stop = min(start + size - (start - packed.begin) % block, last)
+        yield start, stop
+        start, size = stop, min(2 * size, most)
+
+
+def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | None, path: str, threads: int) \
+        -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`karma_fast.evaluation.top_k`, of checked input."""
+    team = thread_count(threads)
+    scores, items = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    none = Targets(np.zeros(len(queries) + 1, np.int64), np.zeros(0, np.int64), True)
+    listed = left_out(seen, none, len(catalogue))
+    # so many queries at a time that Ctrl-C is heard
+    size = max(256, STEP * team // (len(catalogue) * queries.shape[1]))
+    route = top_k_path(catalogue, k, path)
+    for packed in catalogue.parts(route, 0, len(catalogue), threads):
+        check_overflow(longest(queries) * packed.longest)
+        for start in range(0, len(queries), size):
+            part = slice(start, start + size)
+            out = None if listed is None else csr_rows(listed, start, start + size)
+            packed.top_k(queries[part], out, scores[part], items[part], team)
+    return scores, items
+
+
+def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
+    """Checked lists of the items to leave out: sorted, each once, without the query's own targets."""
+    if seen is None:
+        return None
+    return native.left_out(*seen, targets.starts, targets.item, num_items)
+
+
+def within(lists: Csr, begin: int, end: int) -> Csr:
+    """Entries from begin to end of each list."""
+    indptr, indices = lists
+    inside = (indices >= begin) & (indices < end)
+    return np.concatenate([[0], np.cumsum(inside)])[indptr], indices[inside]
+
+
+def longest(rows: np.ndarray) -> float:
+    return float(norms(rows).max(initial=0))
+

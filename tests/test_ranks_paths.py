@@ -1,0 +1,300 @@
+"""Every path of the C++ extension that this machine can run gives the numbers of the definition."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from karma_fast.evaluation import (
+    Catalogue,
+    Ranks,
+    csr_from_lists,
+    native_ranks,
+    paths,
+    ranking_metrics,
+    routing,
+    target_ranks,
+    top_k,
+)
+from karma_fast.evaluation import catalogue as catalogue_module
+
+pytestmark = pytest.mark.skipif(not paths(), reason="the C++ extension was not built: no C++ compiler")
+PATHS = list(paths())
+FILTERS = [name for name, meaning in paths().items() if meaning != "exact"]
+
+
+def vectors(rows, width, seed, coarse=False):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, width)).astype(np.float32)
+    return np.round(x * 2) / 2 if coarse else x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def numbers(r):
+    return [r.greater.tolist(), r.ties.tolist(), r.candidates.tolist()]
+
+
+def counted(queries, items, targets, seen=None):
+    """By plain comparison of float64 scores; for coarse vectors, whose scores are exact in any arithmetic."""
+    scores = queries.astype(np.float64) @ items.astype(np.float64).T
+    out = []
+    for q, own in enumerate(targets):
+        left = np.ones(len(items), bool)
+        left[[j for j in (seen[q] if seen else []) if j not in own]] = False
+        for t in own:
+            others = scores[q][left & (np.arange(len(items)) != t)]
+            out.append(((others > scores[q, t]).sum(), (others == scores[q, t]).sum(), left.sum()))
+    return [list(column) for column in zip(*out, strict=True)]
+
+
+# more items than a block of any path holds, a last panel with one item, groups that are not full
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rows, items, width", [(61, 4097, 3), (7, 9001, 16), (5, 300, 600), (300, 33, 5), (1, 1, 1)])
+def test_coarse_vectors_are_counted_in_any_arithmetic(path, rows, items, width):
+    queries, catalogue = vectors(rows, width, 0, True), vectors(items, width, 1, True)
+    rng = np.random.default_rng(2)
+    targets = [rng.choice(items, min(items, 1 + q % 3), replace=False).tolist() for q in range(rows)]
+    seen = [rng.integers(0, items, q % 40).tolist() for q in range(rows)]
+    found = target_ranks(queries, catalogue, csr_from_lists(targets), seen=csr_from_lists(seen), path=path)
+    assert numbers(found) == counted(queries, catalogue, targets, seen)
+    firsts = [own[:1] for own in targets]
+    found = target_ranks(queries, catalogue, [own[0] for own in targets], path=path, threads=2)
+    assert numbers(found) == counted(queries, catalogue, firsts)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_paths_agree_with_torch(path, storage):
+    """On vectors whose scores differ in the last bits, with copies and near copies of the targets."""
+    items = vectors(2000, 70, 0)
+    items[1000:1100] = items[:100]
+    items[1100:1200] = items[:100] * np.float32(1 + 2.0**-20)
+    items = torch.from_numpy(items).to(getattr(torch, storage))
+    queries = torch.from_numpy(vectors(150, 70, 1)).to(getattr(torch, storage))
+    queries[:50] = items[:50]
+    targets, seen = np.arange(150) * 3 % 200, csr_from_lists([range(q, q + 30) for q in range(150)])
+    expected = target_ranks(queries, items, targets, seen=seen, path="torch")
+    assert (expected.ties > 0).any()
+    assert numbers(target_ranks(queries, items, targets, seen=seen, path=path)) == numbers(expected)
+    for k in (1, 7, 2500):
+        assert_same(top_k(queries, items, k, seen=seen, path=path), top_k(queries, items, k, seen=seen, path="torch"))
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+@given(st.sampled_from(PATHS), st.integers(1, 40), st.integers(1, 200), st.integers(1, 70), st.integers(0, 10**6),
+       st.floats(-18, 18), st.floats(-18, 18), st.booleans(), st.integers(1, 30))
+@settings(max_examples=150, deadline=None)
+def test_any_shape_and_size(path, rows, items, width, seed, log_q, log_x, mixed, k):
+    """Scales over 36 powers of ten, and items whose lengths differ as much."""
+    rng = np.random.default_rng(seed)
+    queries = (vectors(rows, width, seed) * 10.0**log_q).astype(np.float32)
+    catalogue = vectors(items, width, seed + 1) * 10.0**log_x
+    if mixed:
+        catalogue *= 10.0 ** rng.uniform(-12, 0, (items, 1))
+    catalogue = catalogue.astype(np.float32)
+    catalogue[rng.random(items) < 0.2] = catalogue[0]
+    targets = rng.integers(0, items, rows)
+    expected = target_ranks(queries, catalogue, targets, path="torch")
+    assert numbers(target_ranks(queries, catalogue, targets, path=path)) == numbers(expected)
+    assert_same(top_k(queries, catalogue, k, path=path), top_k(queries, catalogue, k, path="torch"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tiny_and_huge_numbers(path):
+    """Subnormal numbers, which the instructions of the filters take for zero, and the end of float32."""
+    rng = np.random.default_rng(0)
+    for low, high in ((-46, -37), (-44, -18), (17, 18)):
+        queries, items = ((rng.choice([-1, 1], (n, 9)) * 10.0 ** rng.uniform(low, high, (n, 9))).astype(np.float32)
+                          for n in (20, 300))
+        targets = rng.integers(0, 300, 20)
+        expected = target_ranks(queries, items, targets, path="torch")
+        assert numbers(target_ranks(queries, items, targets, path=path)) == numbers(expected)
+    with pytest.raises(ValueError, match="overflow float32"):
+        target_ranks(np.full((1, 4), 1e20, np.float32), np.full((3, 4), 1e20, np.float32), [0], path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_collapsed_model_is_in_the_middle(path):
+    same = np.tile(vectors(1, 33, 0), (3001, 1))
+    found = target_ranks(same[:20], same, range(20), path=path)
+    assert (found.expected == 1500).all() and (found.ties == 3000).all()
+    scores, items = top_k(same[:20], same, 40, seen=csr_from_lists([[1, 2]] * 20), path=path)
+    assert (items == [0, *range(3, 42)]).all() and len(np.unique(scores)) == 1
+    with pytest.warns(UserWarning, match="collapsed"):
+        assert ranking_metrics(found, (10,))["HR@10"] == 0
+    zeros = np.zeros((50, 8), np.float32)
+    assert numbers(target_ranks(zeros[:3], zeros, [0, 1, 2], path=path)) == [[0] * 3, [49] * 3, [50] * 3]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("largest_k", [1, 10, 200])
+def test_early_stop_keeps_the_metrics(path, largest_k, monkeypatch):
+    monkeypatch.setattr(native_ranks, "FIRST_ITEMS", 64)
+    queries, items = vectors(400, 12, 0), vectors(5000, 12, 1)
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 5000, 400)
+    targets[:200] = top_k(queries[:200], items, 300)[1][np.arange(200), rng.integers(0, 300, 200)]
+    seen = csr_from_lists([rng.integers(0, 5000, 40).tolist() + targets[:5].tolist() for _ in range(400)])
+    full = target_ranks(queries, items, targets, seen=seen, path=path)
+    stopped = target_ranks(queries, items, targets, seen=seen, path=path, largest_k=largest_k)
+    assert numbers(stopped) == numbers(target_ranks(queries, items, targets, seen=seen, path="torch",
+                                                    largest_k=largest_k))
+    below = full.greater < largest_k
+    assert below.any() and not below.all()
+    assert np.array_equal(stopped.expected[below], full.expected[below])
+    assert (stopped.greater[~below] == largest_k).all() and (stopped.ties[~below] == 0).all()
+    few = ranking_metrics(stopped, (1, largest_k))
+    assert few == {name: value for name, value in ranking_metrics(full, (1, largest_k)).items() if name in few}
+    assert set(few) == {f"{name}@{k}" for name in ("HR", "NDCG") for k in (1, largest_k)}
+    with pytest.raises(ValueError, match=f"cut-offs up to {largest_k}"):
+        ranking_metrics(stopped, (largest_k + 1,))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_early_stop_with_several_targets(path, monkeypatch):
+    monkeypatch.setattr(native_ranks, "FIRST_ITEMS", 64)
+    queries, items = vectors(50, 12, 0), vectors(3000, 12, 1)
+    best = top_k(queries, items, 900)[1]
+    targets = csr_from_lists([[best[q, 3 + q % 4], best[q, 500 + q], best[q, 20]] for q in range(50)])
+    full, stopped = (target_ranks(queries, items, targets, path=path, largest_k=k) for k in (None, 100))
+    below = full.greater < 100
+    assert np.array_equal(stopped.greater, np.minimum(full.greater, 100)) and below.sum() == 100
+    assert ranking_metrics(stopped, (5, 100))["recall@100"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("path", ["auto", "torch", *PATHS])
+def test_ranges_of_the_catalogue_add_up(path):
+    queries, items = vectors(70, 20, 0), vectors(5000, 20, 1)
+    items[4000:4100] = items[:100]
+    targets, seen = np.arange(70), csr_from_lists([range(q, 5000, 170 + q) for q in range(70)])
+    whole = target_ranks(queries, items, targets, seen=seen, path=path)
+    cuts = [0, 0, 1234, 4096, 4097, 5000]
+    for x in (items, Catalogue(items)):
+        parts = [target_ranks(queries, x, targets, seen=seen, path=path, item_range=span)
+                 for span in zip(cuts, cuts[1:], strict=False)]
+        assert numbers(Ranks.sum(parts)) == numbers(whole)
+    short = [target_ranks(queries, items, targets, path=path, item_range=span, largest_k=9)
+             for span in ((0, 2500), (2500, 5000))]
+    assert numbers(Ranks.sum(short)) == numbers(target_ranks(queries, items, targets, path=path, largest_k=9))
+    for bad in ((0, 5001), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="item_range: got"):
+            target_ranks(queries, items, targets, item_range=bad)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_catalogues_beyond_memory_are_packed_part_by_part(path, tmp_path, monkeypatch):
+    items = vectors(5000, 24, 1).astype(np.float16)
+    np.save(tmp_path / "items.npy", items)
+    mapped = np.load(tmp_path / "items.npy", mmap_mode="r")
+    queries = vectors(30, 24, 0)
+    targets, seen = np.arange(30) * 100, csr_from_lists([[q, 4999] for q in range(30)])
+    whole = target_ranks(queries, items, targets, seen=seen, path=path)
+    packed = []
+    monkeypatch.setattr(catalogue_module, "PART_BYTES", 1)
+    real = catalogue_module.pack
+    monkeypatch.setattr(catalogue_module, "pack", lambda *args: packed.append(real(*args)) or packed[-1])
+    assert numbers(target_ranks(queries, mapped, targets, seen=seen, path=path)) == numbers(whole)
+    assert len(packed) == 5 and max(p.end - p.begin for p in packed) == 1024
+    assert_same(top_k(queries, mapped, 50, seen=seen, path=path), top_k(queries, items, 50, seen=seen, path="torch"))
+
+
+def test_a_catalogue_is_packed_once_and_used_by_threads_together():
+    queries, items = vectors(64, 32, 0), vectors(3000, 32, 1)
+    catalogue = Catalogue(items, path=PATHS[0])
+    held = catalogue.nbytes
+    assert len(catalogue) == 3000 and held > 0 and catalogue.holds(PATHS[0])
+    expected, found = numbers(target_ranks(queries, items, np.arange(64), path="torch")), []
+    work = [threading.Thread(target=lambda: found.append(target_ranks(queries, catalogue, np.arange(64),
+                                                                      path=PATHS[0]))) for _ in range(4)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert [numbers(f) for f in found] == [expected] * 4 and catalogue.nbytes == held
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_thread_counts_change_nothing(path):
+    queries, items = vectors(500, 17, 0), vectors(6000, 17, 1)
+    items[5000:] = items[:1000]
+    results = [(target_ranks(queries, items, np.arange(500), path=path, threads=t),
+                top_k(queries, items, 33, path=path, threads=t)) for t in (1, 2, 7)]
+    for ranks, best in results[1:]:
+        assert numbers(ranks) == numbers(results[0][0])
+        assert_same(best, results[0][1])
+
+
+@pytest.mark.parametrize("kind", ["top", "bulk", "mixed"])
+def test_routing_sends_each_query_somewhere_once(kind, monkeypatch):
+    monkeypatch.setattr(routing, "SMALL", 0)
+    monkeypatch.setattr(routing, "PACKING", dict.fromkeys(routing.PACKING, 0.0))
+    items = vectors(4000, 64, 1)
+    queries = vectors(300, 64, 0)
+    targets = np.arange(300)
+    near = {"top": 300, "bulk": 0, "mixed": 150}[kind]
+    queries[:near] = items[:near] + 0.05 * queries[:near]
+    catalogue = Catalogue(items)
+    score = (queries * items[targets]).sum(axis=1)
+    goal = routing.Targets.check(targets, 300, 4000)
+    routes = routing.count_routes(catalogue, queries, score, goal, "auto", 1)
+    assert sorted(np.concatenate([which for _, which in routes])) == list(range(300))
+    if len(PATHS) > 2 and "int8" in paths().values():
+        taken = {paths()[name]: which for name, which in routes}
+        chosen = set(taken.get("int8", []))  # the best of random targets are at the top, too
+        assert set(range(near)) <= chosen and len(chosen) - near <= 0.2 * (300 - near)
+        assert len(taken.get("exact", [])) >= 0.5 * (300 - near)
+    assert numbers(target_ranks(queries, catalogue, targets)) == numbers(target_ranks(queries, items, targets,
+                                                                                      path="torch"))
+
+
+def test_auto_packs_a_second_copy_only_if_it_pays():
+    """A few queries are not worth two packed copies."""
+    items, queries = vectors(3000, 64, 1), vectors(3, 64, 0)
+    catalogue = Catalogue(items)
+    target_ranks(queries, catalogue, [0, 1, 2])
+    assert len(catalogue._packed) == 1
+
+
+@pytest.mark.parametrize("row", [0, 3000, 4999])
+def test_bad_items_are_named(row):
+    items, queries = vectors(5000, 8, 1), vectors(2, 8, 0)
+    items[row, 5] = np.nan
+    for path in ("torch", *PATHS):
+        for call in (lambda path=path: target_ranks(queries, items, [1, 2], path=path),
+                     lambda path=path: top_k(queries, items, 3, path=path),
+                     lambda path=path: Catalogue(items, path=path)):
+            with pytest.raises(ValueError, match=f"items: NaN or infinite values in row {row} cannot"):
+                call()
+
+
+def test_refusals():
+    queries, items = vectors(2, 8, 0), vectors(5, 8, 1)
+    with pytest.raises(ValueError, match="path: got 'gpu'; this machine has auto, torch, "):
+        target_ranks(queries, items, [0, 1], path="gpu")
+    with pytest.raises(ValueError, match="path: got 'avx'"):
+        Catalogue(items, path="avx")
+    for bad in (0, 1.5, True):
+        with pytest.raises(ValueError, match="largest_k: got"):
+            target_ranks(queries, items, [0, 1], largest_k=bad)
+    with pytest.raises(ValueError, match="the catalogue is empty"):
+        Catalogue(items[:0])
+    with pytest.raises(ValueError, match="largest_k differs"):
+        Ranks.sum([target_ranks(queries, items, [0, 1], largest_k=k) for k in (None, 2)])
+    with pytest.raises(ValueError, match="must rank the same ones"):
+        Ranks.sum([target_ranks(queries[:n], items, [0, 1][:n]) for n in (1, 2)])
+
+
+def test_arrays_of_any_layout():
+    queries, items = vectors(9, 16, 0), vectors(50, 16, 1)
+    expected = numbers(target_ranks(queries, items, range(9)))
+    for other in (np.asfortranarray(items), items[::-1][::-1], items.astype(">f4"), torch.from_numpy(items.T).T,
+                  np.repeat(items, 2, axis=1)[:, ::2]):
+        assert numbers(target_ranks(queries, other, range(9))) == expected
+    items.flags.writeable = False
+    assert numbers(target_ranks(queries, items, range(9))) == expected

@@ -1,4 +1,5 @@
-"""Benchmarks of the fused losses: ``pytest --benchmark``, or ``python -m benchmarks.run`` for one file of results."""
+"""Benchmarks of the fused losses and of exact ranking: ``pytest --benchmark``, or ``python -m benchmarks.run`` and
+``python -m benchmarks.ranking`` for one file of results each."""
 
 import os
 import sys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,10 +37,15 @@ def absent(implementation: Implementation, case: Case, device: str) -> str | Non
     missing = case.needs(device) - implementation.offers
     if missing:
         return "does not offer: " + ", ".join(sorted(missing))
+    return why_not(implementation.probe, device)
+
+
+def why_not(probe: Callable[[str], object], device: str) -> str | None:
+    """The first line of what the probe raises, without where on this machine a module lies; None if nothing."""
     try:
-        implementation.probe(device)
+        probe(device)
     except Exception as error:  # a library that does not even import may raise anything
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return re.sub(r" \((/|[A-Z]:)[^)]*\)$", "", f"{type(error).__name__}: {error}".splitlines()[0])
     return None
 
 

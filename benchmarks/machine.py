@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def describe(device: str) -> dict:
+def describe(device: str, libraries: Sequence[str] = LIBRARIES) -> dict:
     """Name, memory and versions."""
     about = {"device": device, "torch": torch.__version__, "triton": version("triton"),
              "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-             "libraries": {name: found for name in LIBRARIES if (found := version(name))}}
+             "libraries": {name: found for name in libraries if (found := version(name))}}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return about | {"name": properties.name, "capability": f"{properties.major}.{properties.minor}",

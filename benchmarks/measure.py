@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,22 +65,38 @@ def repeats_in(seconds: float, once: float, least: int, most: int) -> int:
     return max(least, min(most, int(seconds / max(once, 1e-9))))
 
 
-def time_cpu(losses: dict[str, tuple[Loss, Inputs]], seconds: float, least: int = 5, most: int = 50,
-             stop: Callable[[], bool] = lambda: False) -> dict[str, Times]:
-    """All of them in turn, then all again: whatever else the machine does hits every one alike.
+def in_turn(calls: dict[str, Callable[[], object]], seconds: float, least: int = 5, most: int = 50,
+            stop: Callable[[], bool] = lambda: False, each: float = float("inf")) -> dict[str, list]:
+    """What the calls return: all of them in turn, then all again, so that whatever else the machine does hits every
+    one alike.
 
-    Expects each to have run before. ``seconds`` is for all together; ``stop()`` ends it after ``least`` repeats.
+    Expects each to have run before. ``seconds`` is for all together; ``stop()`` ends it after ``least`` repeats; a
+    call that took ``each`` seconds in all is left out of further turns.
     """
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in losses}
+    found: dict[str, list] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     start, done, repeats = time.perf_counter(), 0, most
     while done < repeats and not (done >= least and stop()):
-        for name, (loss, inputs) in losses.items():
-            _, (a, b, c) = step(loss, inputs, time.perf_counter)
-            pairs[name].append((1e3 * (b - a), 1e3 * (c - b)))
-            inputs.query.grad = inputs.key.grad = None
+        for name, call in calls.items():
+            if spent[name] < each:
+                before = time.perf_counter()
+                found[name].append(call())
+                spent[name] += time.perf_counter() - before
         done += 1
         repeats = repeats_in(seconds, (time.perf_counter() - start) / done, least, most)
-    return {name: Times.of(found) for name, found in pairs.items()}
+    return found
+
+
+def time_cpu(losses: dict[str, tuple[Loss, Inputs]], seconds: float, least: int = 5, most: int = 50,
+             stop: Callable[[], bool] = lambda: False) -> dict[str, Times]:
+    """Forward and backward of all of them, in turn."""
+    def once(loss: Loss, inputs: Inputs) -> tuple[float, float]:
+        _, (a, b, c) = step(loss, inputs, time.perf_counter)
+        inputs.query.grad = inputs.key.grad = None
+        return 1e3 * (b - a), 1e3 * (c - b)
+
+    calls = {name: functools.partial(once, *pair) for name, pair in losses.items()}
+    return {name: Times.of(pairs) for name, pairs in in_turn(calls, seconds, least, most, stop).items()}
 
 
 def event() -> torch.cuda.Event:
@@ -126,6 +146,33 @@ def peak_memory(loss: Loss, inputs: Inputs) -> int:
         held += e.nbytes()
         most = max(most, held)
     return most
+
+
+def memory_of_process(field: str = "VmRSS") -> int | None:
+    """Bytes that the process holds, or held at most (``VmHWM``); None where the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found.group(1)) << 10 if found else None
+
+
+def give_back() -> None:
+    """Freed memory goes back to the system, so that it is not taken for memory in use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def peak_of_process(call: Callable[[], object]) -> tuple[object, int | None]:
+    """What the call returns and the most bytes the whole process held meanwhile: also those of libraries in C++, which
+    do not ask torch. Coarser than peak_memory(), by a few MiB; None where Linux's own count cannot be set back."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return call(), None
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")
+    return call(), memory_of_process("VmHWM")
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:

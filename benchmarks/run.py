@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import gc
-import json
 import math
 import os
-import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -26,48 +21,10 @@ from .cases import Case, Inputs, cases_for, make_inputs
 from .exact import Exact, errors, exact, too_far
 from .implementations import IMPLEMENTATIONS, Implementation, absent
 from .machine import describe, file_name
+from .session import DeviceLost, Run, add_arguments, chosen, command_of, reason_of, run_all, tidy
 from .tables import short_table
 
 SECONDS = {"cpu": 10.0, "cuda": 0.4}  # of timing: on a CPU a case, on a GPU an implementation
-
-
-class DeviceLost(RuntimeError):
-    """The GPU answers no more in this process, as after an access to memory that is not there."""
-
-
-class Run:
-    """The results so far, the file they go to and the time that is left."""
-
-    def __init__(self, out: Path, device: str, budget: float, command: str, quick: bool) -> None:
-        self.out, self.device, self.quick, self.end = out, device, quick, time.monotonic() + budget
-        self.results: dict = {"benchmark": "info_nce", "command": command, "machine": describe(device),
-                              "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-        self.results |= {"peak_flops": {}, "copy_bytes_per_second": None, "records": []}
-
-    def resume(self) -> None:
-        """Takes over what the file has, except what was skipped or not yet timed."""
-        self.results = json.loads(self.out.read_text())
-        self.results["records"] = [r for r in self.results["records"]
-                                   if "total_ms" in r or r["status"] in ("absent", "error")]
-
-    def known(self, case: Case, name: str) -> bool:
-        return any(r["case"] == case.name and r["implementation"] == name for r in self.results["records"])
-
-    def over(self) -> bool:
-        return time.monotonic() > self.end
-
-    def record(self, case: Case, name: str, status: str, **more: object) -> dict:
-        """One more result. status: ok | wrong | absent | error | skipped."""
-        found = dataclasses.asdict(case) | {"case": case.name, "implementation": name, "status": status} | more
-        del found["workspaces"]
-        self.results["records"].append(found)
-        return found
-
-    def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        part = self.out.with_name(self.out.name + ".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(self.out)
 
 
 def variants(case: Case) -> list[tuple[str, Implementation, int]]:
@@ -77,24 +34,6 @@ def variants(case: Case) -> list[tuple[str, Implementation, int]]:
         for mib in case.workspaces if i.workspace else case.workspaces[:1]:
             out.append((i.name if mib == case.workspaces[0] else f"{i.name} {mib} MiB", i, mib))
     return out
-
-
-def reason_of(error: BaseException) -> str:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return "out of memory"
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else ''}"[:300]
-
-
-def tidy(device: str) -> None:
-    """Frees what a failed implementation left; raises DeviceLost if the GPU went with it."""
-    gc.collect()
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLost(reason_of(error)) from error
 
 
 def add_times(record: dict, case: Case, times: measure.Times, peak: float) -> None:
@@ -161,66 +100,27 @@ def run_case(run: Run, case: Case) -> None:
     run.save()
 
 
-def run_all(run: Run, cases: list[Case]) -> None:
-    if run.results["copy_bytes_per_second"] is None:
-        run.results["copy_bytes_per_second"] = measure.copy_bandwidth(run.device, 1 << 22 if run.quick else None)
-    for case in cases:
-        if run.over():
-            for name, _, _ in variants(case):
-                if not run.known(case, name):
-                    run.record(case, name, "skipped", reason="time budget")
-            continue
-        start = time.monotonic()
-        try:
-            run_case(run, case)
-        except DeviceLost:
-            raise
-        except Exception as error:  # inputs or float64 gradients that do not fit
-            for name, _, _ in variants(case):
-                if not run.known(case, name):
-                    run.record(case, name, "error", reason=f"before it started: {reason_of(error)}")
-            error.__traceback__ = None
-            tidy(run.device)
-        print(f"{case.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    run.save()
-
-
-def chosen(names: list[str] | None, device: str, quick: bool) -> list[Case]:
-    cases = {case.name: case for case in cases_for(device)}
-    if names:
-        try:
-            return [cases.get(name) or Case.parse(name) for name in names]
-        except ValueError as error:
-            raise SystemExit(f"--cases: {error}; those of a full run are {', '.join(cases)}") from error
-    return [case for case in cases.values() if not quick or case.rows * case.keys <= 1 << 20]
-
-
-def command_of(args: argparse.Namespace) -> str:
-    """What to type to measure the same again; where the file lay is nobody's business."""
-    words = ["python", "-m", "benchmarks.run", "--device", args.device]
-    words += (["--cases", *args.cases] if args.cases else []) + ["--quick"] * args.quick
-    return shlex.join([*words, "--budget", f"{args.budget:g}"])
+def names_of(case: Case) -> list[str]:
+    return [name for name, _, _ in variants(case)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="results file; default benchmarks/results/<device>.json")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", nargs="+", metavar="CASE",
-                        help="queries x keys x width, dtype, flags: 8192x8192x768-bf16-ids-log_q; default all")
-    parser.add_argument("--quick", action="store_true", help="small cases only, few repeats; to see that it runs")
-    parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS",
-                        help="then the rest is skipped, which begins with the least important cases")
-    parser.add_argument("--resume", action="store_true", help="keep what the results file has and do the rest")
+    add_arguments(parser, "queries x keys x width, dtype, flags: 8192x8192x768-bf16-ids-log_q", "<device>", 3600.0)
     args = parser.parse_args(arguments)
-    cases = chosen(args.cases, args.device, args.quick)
+    cases = chosen(args.cases, cases_for(args.device), Case.parse,
+                   lambda case: not args.quick or case.rows * case.keys <= 1 << 20)
     out = args.out or RESULTS / file_name(describe(args.device)["name"])
-    run = Run(out, args.device, args.budget, command_of(args), args.quick)
+    command = command_of("benchmarks.run", args, "--device", args.device)
+    run = Run("info_nce", out, args.device, args.budget, command, args.quick)
     if args.resume and out.exists():
         run.resume()
+    if run.results["copy_bytes_per_second"] is None:
+        run.results["copy_bytes_per_second"] = measure.copy_bandwidth(run.device, 1 << 22 if run.quick else None)
     try:
-        run_all(run, cases)
+        run_all(run, cases, names_of, run_case)
     except DeviceLost:  # the culprit is recorded; only a new process can go on
         run.save()
         left = str(max(0.0, run.end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Results files to Markdown tables and a plot: ``python -m benchmarks.tables``.
+"""Results files to Markdown tables and plots: ``python -m benchmarks.tables``.
 
 A document holds a pair of comments, ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``; what is between them is
 replaced by the table. NAME is that of a results file without .json, for all its cases with the best alternative to
@@ -94,9 +94,13 @@ def device_table(results: dict) -> str:
             slower.append(name)
         table.append([name, milliseconds(r), f"{milliseconds(other)} ({other['implementation']})" if other else "-",
                       text, mebibytes(r), mebibytes(other) if other else "-", f"{100 * r['peak_fraction']:.0f}%"])
-    verdict = "Ours is slower at: " + "; ".join(slower) + "." if slower else \
-        "Ours is the fastest in every case." if len(table) > 1 else "No case has a result."
-    return f"{about(results)}\n\n{rows_of(table)}\n\n{verdict} {EXPLAINED}"
+    return f"{about(results)}\n\n{rows_of(table)}\n\n{verdict(slower, len(table) - 1)} {EXPLAINED}"
+
+
+def verdict(slower: list[str], cases: int) -> str:
+    """Where ours is slower, of so many cases with a result."""
+    return "Ours is slower at: " + "; ".join(slower) + "." if slower else \
+        "Ours is the fastest in every case." if cases else "No case has a result."
 
 
 EXPLAINED = ("Times are medians of forward and backward together. Memory is what is held at most beyond the inputs, "
@@ -116,11 +120,20 @@ def case_table(results: dict, case: str) -> str:
                       milliseconds(r), f"{r['total_ms']['p20']:.3g} to {r['total_ms']['p80']:.3g}", ratio,
                       mebibytes(r), f"{100 * r['peak_fraction']:.0f}%",
                       ", ".join("NaN" if e is None else f"{e:.1e}" for e in r["errors"].values())])
-    missing = [f"{r['implementation']}: {r['reason']}" for r in records if "total_ms" not in r and "reason" in r]
     own = next((r for r in timed if r["implementation"] == OURS and right(r)), None)
-    verdict = f"Ours (auto) against the best alternative: {compare(own, best)}." if own else "Ours has no result."
-    lines = [f"{label(records[0])}. {about(results)}", rows_of(table), f"{verdict} {EXPLAINED}"]
-    return "\n\n".join(lines + (["Not measured: " + "; ".join(missing) + "."] if missing else []))
+    text = f"Ours (auto) against the best alternative: {compare(own, best)}." if own else "Ours has no result."
+    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(table), f"{text} {EXPLAINED}",
+                        *not_measured(records)])
+
+
+def not_measured(records: list[dict]) -> list[str]:
+    """One sentence, or none; those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for r in records:
+        if "total_ms" not in r and "reason" in r:
+            names.setdefault(r["reason"], []).append(r["implementation"])
+    missing = [f"{' and '.join(who)}: {reason}" for reason, who in names.items()]
+    return ["Not measured: " + "; ".join(missing) + "."] if missing else []
 
 
 def short_table(results: dict) -> str:
@@ -132,10 +145,20 @@ def short_table(results: dict) -> str:
         name = r["case"] + (f" {r['workspace_mib']} MiB" if r["implementation"] != OURS else "")
         against = f"{compare(r, other).strip('*')}" + (f" ({other['implementation']})" if other else "")
         lines.append(f"{name:<34} {milliseconds(r):>9} {100 * r['peak_fraction']:>5.0f}% {mebibytes(r):>8}  {against}")
-    bad = [r for r in results["records"] if r["status"] in ("wrong", "error")]
-    lines += [f"{r['status']}: {r['case']} {r['implementation']} {r.get('reason', '')}".rstrip() for r in bad]
+    return "\n".join(lines + failures(results))
+
+
+def failures(results: dict) -> list[str]:
+    """For a terminal: what is wrong, raised or was not reached."""
+    lines = [f"{r['status']}: {r['case']} {r['implementation']} {r.get('reason', '')}".rstrip()
+             for r in results["records"] if r["status"] in ("wrong", "error")]
     skipped = {r["case"]: None for r in results["records"] if r["status"] == "skipped"}
-    return "\n".join(lines + ([f"skipped for time: {', '.join(skipped)}"] if skipped else []))
+    return lines + ([f"skipped for time: {', '.join(skipped)}"] if skipped else [])
+
+
+def kind_of(results: dict) -> str:
+    """Which benchmark a file is of: info_nce or ranking."""
+    return results.get("benchmark", "info_nce")
 
 
 def table_for(name: str, files: dict[str, dict]) -> str:
@@ -143,12 +166,16 @@ def table_for(name: str, files: dict[str, dict]) -> str:
     file, _, case = name.partition(":")
     if file not in files:
         raise ValueError(f"benchmark:{name}: there is no results file {file}.json; there are {sorted(files)}")
+    from .ranking import tables as ranking  # made of the functions above
+
+    of_device, of_case = (device_table, case_table) if kind_of(files[file]) == "info_nce" else \
+        (ranking.device_table, ranking.case_table)
     if not case:
-        return device_table(files[file])
+        return of_device(files[file])
     cases = list(dict.fromkeys(r["case"] for r in files[file]["records"]))
     if case not in cases:
         raise ValueError(f"benchmark:{name}: {file}.json has no such case; it has {cases}")
-    return case_table(files[file], case)
+    return of_case(files[file], case)
 
 
 def fill(text: str, files: dict[str, dict]) -> str:
@@ -161,23 +188,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "README.md"])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "info_nce.svg", metavar="FILE")
-    parser.add_argument("--plot-of", metavar="NAME", help="results file for the plot; default one of a GPU")
+    parser.add_argument("--plot-of", metavar="NAME", help="results file of the loss; default one of a GPU")
+    parser.add_argument("--plot-ranking", type=Path, default=ROOT / "docs" / "ranking.svg", metavar="FILE")
     args = parser.parse_args(arguments)
     files = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
     if not files:
         parser.error(f"{args.results} holds no results; python -m benchmarks.run writes them")
+    losses = {name: results for name, results in files.items() if kind_of(results) == "info_nce"}
+    rankings = [results for results in files.values() if kind_of(results) == "ranking"]
+    if args.plot_of is not None and args.plot_of not in losses:
+        parser.error(f"--plot-of: there is no results file {args.plot_of}.json; there are {sorted(losses)}")
+    from .plot import plot, plot_ranking
+
+    gpus = [name for name, results in losses.items() if results["machine"]["device"] == "cuda"]
     try:
         for path in args.documents:
             path.write_text(fill(path.read_text(encoding="utf-8"), files), encoding="utf-8")
+        if losses:
+            print(f"{args.plot}: {plot(losses[args.plot_of or next(iter(gpus or losses))], args.plot)}")
+        if rankings:
+            print(f"{args.plot_ranking}: {plot_ranking(rankings[0], args.plot_ranking)}")
     except ValueError as error:
         parser.error(str(error))
-    from .plot import plot
-
-    gpus = [name for name, results in files.items() if results["machine"]["device"] == "cuda"]
-    name = args.plot_of or next(iter(gpus or files))
-    if name not in files:
-        parser.error(f"--plot-of: there is no results file {name}.json; there are {sorted(files)}")
-    print(f"{args.plot}: {plot(files[name], args.plot)}")
     return 0
 
 

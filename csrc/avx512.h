@@ -44,7 +44,8 @@ constexpr int kGroup = 12;
 
 // Step::next(acc, query unit in every lane, 16 units of items) -> acc; row(i, 0, V of query i).
 template <class V, class Step, class Vector, class Row>
-KARMA_INLINE void tile_of(const uint32_t* q, const uint32_t* x, int64_t steps, Vector start_a, Vector start_b, Row row) {
+KARMA_INLINE void tile_of(const uint32_t* q, const uint32_t* x, int64_t steps, Vector start_a, Vector start_b,
+                          Row row) {
   Vector a[kGroup], b[kGroup];
 #pragma GCC unroll 12
   for (int i = 0; i < kGroup; ++i) a[i] = start_a, b[i] = start_b;

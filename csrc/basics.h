@@ -197,6 +197,43 @@ void to_int8(const float* row, int64_t width, float scale, int shift, uint32_t* 
   memset(to + width, 0, size_t(units * 4 - width));
 }
 
-constexpr karma::Basics kBasics = {chains_of_one, chains_of_pairs, dots, to_float, largest, to_bfloat16, to_int8, square};
+// One round of sums and differences at a distance of h; the result is sqrt(2) times as long.
+template <int fixed>
+KARMA_INLINE void butterflies(float* x, int64_t size, int64_t distance) {
+  const int64_t h = fixed ? fixed : distance;
+  for (int64_t i = 0; i < size; i += 2 * h)
+    for (int64_t j = i; j < i + h; ++j) {
+      const float a = x[j], b = x[j + h];
+      x[j] = a + b;
+      x[j + h] = a - b;
+    }
+}
+
+void hadamard(float* x, int64_t size) {
+  if (size > 1) butterflies<1>(x, size, 1);
+  if (size > 2) butterflies<2>(x, size, 2);
+  if (size > 4) butterflies<4>(x, size, 4);
+  if (size > 8) butterflies<8>(x, size, 8);
+  for (int64_t h = 16; h < size; h *= 2) butterflies<0>(x, size, h);
+  const float shrink = float(1 / sqrt(double(size)));
+  for (int64_t i = 0; i < size; ++i) x[i] *= shrink;
+}
+
+// A fixed rotation that spreads what stands in few numbers over all: random signs, then a Hadamard transform of the
+// largest power of two from the front and one from the back.
+void rotate(float* x, int64_t width) {
+  for (int64_t d = 0; d < width; ++d) {
+    uint32_t hash = uint32_t(d) * 0x9e3779b9u;
+    hash = (hash ^ hash >> 15) * 0x85ebca6bu;
+    x[d] = float_of(bits_of(x[d]) ^ ((hash ^ hash >> 13) & 0x80000000u));
+  }
+  int64_t size = 1;
+  while (2 * size <= width) size *= 2;
+  hadamard(x, size);
+  if (size < width) hadamard(x + width - size, size);
+}
+
+constexpr karma::Basics kBasics = {chains_of_one, chains_of_pairs, dots,    to_float,
+                                   largest,       to_bfloat16,     to_int8, square, rotate};
 
 }  // namespace

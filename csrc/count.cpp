@@ -63,10 +63,16 @@ struct Sure {  // what is above high, or below low, is so whatever the order of 
 class Task {
  public:
   Task(const Packed& packed, const Rows& rows, const Targets& targets, int64_t first_query, int64_t last_query)
-      : packed_(packed), kernel_(packed.kernel), targets_(targets), first_query_(first_query),
-        last_query_(last_query), groups_((last_query - first_query + kernel_.group - 1) / kernel_.group),
-        first_target_(targets.first[first_query]), rounding_(packed.width),
-        rescore_(*kernel_.basics, rows), chains_(*kernel_.basics, rows) {
+      : packed_(packed),
+        kernel_(packed.kernel),
+        targets_(targets),
+        first_query_(first_query),
+        last_query_(last_query),
+        groups_((last_query - first_query + kernel_.group - 1) / kernel_.group),
+        first_target_(targets.first[first_query]),
+        rounding_(packed.width),
+        rescore_(*kernel_.basics, rows),
+        chains_(*kernel_.basics, rows) {
     const size_t count = size_t(targets.first[last_query] - first_target_);
     sure_.resize(count);
     above_.resize(count);
@@ -192,8 +198,8 @@ class Task {
   std::vector<int64_t> query_of_;      // a target
   std::vector<const float*> vectors_;  // a target: its query's
   std::vector<int64_t> above_, level_;
-  std::vector<Bound> high_, low_;      // a target: of the kernel's scores in a block
-  std::vector<Sure> sure_;             // a target: of float32 scores
+  std::vector<Bound> high_, low_;  // a target: of the kernel's scores in a block
+  std::vector<Sure> sure_;         // a target: of float32 scores
   std::vector<int32_t> group_targets_;
   std::vector<Near> list_;
 };

@@ -16,8 +16,8 @@ struct Targets {
   int64_t count() const { return first[queries]; }
 };
 
-// Adds to greater and equal, for every target, the items from begin to end, all within `packed`, with a higher and with
-// the same defined score. `rows` is the whole catalogue that was packed.
+// Adds to greater and equal, for every target, the items from begin to end, all within `packed`, with a higher and
+// with the same defined score. `rows` is the whole catalogue that was packed.
 void count_ranks(const Packed& packed, const Rows& rows, const Targets& targets, int64_t begin, int64_t end,
                  int64_t* greater, int64_t* equal, int threads);
 

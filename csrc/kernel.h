@@ -9,8 +9,8 @@ namespace karma {
 
 constexpr int kPanel = 32;  // items side by side in packed storage, for every instruction set
 
-enum class Storage { float32, float16, bfloat16 };     // of the rows that the caller gives
-enum class Precision { float32, bfloat16, int8 };      // of the packed copies; all come as units of four bytes
+enum class Storage { float32, float16, bfloat16 };  // of the rows that the caller gives
+enum class Precision { float32, bfloat16, int8 };   // of the packed copies; all come as units of four bytes
 
 union Bound {  // whole: kernels on int8 compare their integer sums
   float real;
@@ -59,15 +59,16 @@ struct Basics {
   void (*to_int8)(const float* row, int64_t width, float scale, int shift, uint32_t* out, int64_t units,
                   double* squares, int32_t* sum);
   double (*square)(const float* row, int64_t width);
+  void (*rotate)(float* row, int64_t width);  // products of rotated rows are those of the rows
 };
 
 struct Kernel {
   const char* name;
   Precision precision;
-  bool exact;        // its scores are the defined ones, to the last bit
-  int group;         // queries at a time
-  bool by_row;       // queries lie row by row, else unit by unit of the whole group
-  int multiple;      // the number of units of a row is padded to a multiple of this
+  bool exact;    // its scores are the defined ones, to the last bit
+  int group;     // queries at a time
+  bool by_row;   // queries lie row by row, else unit by unit of the whole group
+  int multiple;  // the number of units of a row is padded to a multiple of this
   const Basics* basics;
   // Returns the panel to go on with: not yet the end if the list could overflow in it.
   int64_t (*scan)(Job&);

@@ -58,7 +58,7 @@ struct Tile {
 
 namespace karma {
 extern const Basics kBasicsAvx512;
-const Kernel kAmxBfloat16 = {"amx_bf16", Precision::bfloat16, false, Tile::group, true, Tile::lines, &kBasicsAvx512,
-                             scan<Tile>};
+const Kernel kAmxBfloat16 = {"amx_bf16", Precision::bfloat16, false,          Tile::group,
+                             true,       Tile::lines,         &kBasicsAvx512, scan<Tile>};
 }  // namespace karma
 #endif

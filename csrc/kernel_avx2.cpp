@@ -6,7 +6,6 @@
 #pragma GCC target("avx2,fma,f16c,bmi,popcnt")
 #include <immintrin.h>
 
-
 namespace {
 
 struct Lanes {

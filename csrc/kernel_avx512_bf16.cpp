@@ -25,7 +25,7 @@ struct Tile {
 
 namespace karma {
 extern const Basics kBasicsAvx512;
-const Kernel kAvx512Bfloat16 = {"avx512_bf16", Precision::bfloat16, false, kGroup, false, 1, &kBasicsAvx512,
-                                scan<Tile>};
+const Kernel kAvx512Bfloat16 = {"avx512_bf16",  Precision::bfloat16, false, kGroup, false, 1,
+                                &kBasicsAvx512, scan<Tile>};
 }  // namespace karma
 #endif

@@ -8,9 +8,7 @@
 namespace {
 
 struct Step {
-  static KARMA_INLINE __m512i next(__m512i acc, __m512i a, __m512i b) {
-    return _mm512_dpbusd_epi32(acc, a, b);
-  }
+  static KARMA_INLINE __m512i next(__m512i acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
 };
 
 // The instruction takes unsigned queries, which are shifted by 128; each panel begins with what to add for that.

@@ -20,7 +20,8 @@ inline double rounding(double n) {
 //   |defined - q.x| <= rounding(D) |q| |x|,   |other - q.x| <= rounding(2 D + 64) |q| |x|
 struct Rounding {
   explicit Rounding(int64_t width)
-      : chain(rounding(double(width + 1))), sum(rounding(double(2 * width + 64))),
+      : chain(rounding(double(width + 1))),
+        sum(rounding(double(2 * width + 64))),
         underflow(4.0 * double(width + 64) * 0x1p-126) {}
   double chain, sum, underflow;
 

@@ -36,14 +36,19 @@ Rows rows_of(const py::array& x, const std::string& storage) {
   const bool wide = storage == "float32", half = storage == "float16";
   if (!wide && !half && storage != "bfloat16") refuse("storage: got '" + storage + "'");
   const bool fits = wide ? py::isinstance<py::array_t<float>>(x) : x.itemsize() == 2;
-  if (!fits || x.ndim() != 2 || !(x.flags() & py::array::c_style)) refuse("items: contiguous rows of " + storage + " are needed");
+  if (!fits || x.ndim() != 2 || !(x.flags() & py::array::c_style))
+    refuse("items: contiguous rows of " + storage + " are needed");
   if (x.shape(1) < 1 || x.shape(1) > 65536) refuse("items: the width must be 1 to 65536");
-  return {x.data(), wide ? karma::Storage::float32 : half ? karma::Storage::float16 : karma::Storage::bfloat16,
+  return {x.data(),
+          wide   ? karma::Storage::float32
+          : half ? karma::Storage::float16
+                 : karma::Storage::bfloat16,
           x.shape(0), x.shape(1)};
 }
 
 void check_queries(const Array<float>& queries, int64_t width) {
-  if (queries.ndim() != 2 || queries.shape(1) != width) refuse("queries: (rows, " + std::to_string(width) + ") is needed");
+  if (queries.ndim() != 2 || queries.shape(1) != width)
+    refuse("queries: (rows, " + std::to_string(width) + ") is needed");
 }
 
 void check_inside(const char* name, const Array<int64_t>& x, int64_t least, int64_t end) {
@@ -55,14 +60,17 @@ void check_inside(const char* name, const Array<int64_t>& x, int64_t least, int6
 }
 
 void check_lists(const char* name, const Array<int64_t>& first, int64_t lists, int64_t entries) {
-  bool fits = lists >= 0 && first.ndim() == 1 && first.size() == lists + 1 && first.data()[0] == 0 && first.data()[lists] == entries;
+  bool fits = lists >= 0 && first.ndim() == 1 && first.size() == lists + 1 && first.data()[0] == 0 &&
+              first.data()[lists] == entries;
   for (int64_t i = 0; fits && i < lists; ++i) fits = first.data()[i] <= first.data()[i + 1];
-  if (!fits) refuse(std::string(name) + ": must rise from 0 to the number of entries, one more than there are queries");
+  if (!fits)
+    refuse(std::string(name) + ": must rise from 0 to the number of entries, one more than there are queries");
 }
 
 template <class T>
 void check_size(const char* name, const Array<T>& x, int64_t size) {
-  if (x.ndim() != 1 || x.size() != size) refuse(std::string(name) + ": " + std::to_string(size) + " entries are needed");
+  if (x.ndim() != 1 || x.size() != size)
+    refuse(std::string(name) + ": " + std::to_string(size) + " entries are needed");
 }
 
 // Keeps the caller's rows alive beside the packed copies.
@@ -187,13 +195,18 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_ValueError, e.what());
     }
   });
-  m.def("paths", [] {
-    std::vector<std::pair<std::string, std::string>> out;
-    for (const karma::Kernel* k : karma::kernels())
-      out.emplace_back(k->name, k->exact ? "exact" : k->precision == karma::Precision::int8 ? "int8"
-                                                 : k->precision == karma::Precision::bfloat16 ? "bfloat16" : "float32");
-    return out;
-  }, "(name, what it computes in) of every kernel that this machine can run.");
+  m.def(
+      "paths",
+      [] {
+        std::vector<std::pair<std::string, std::string>> out;
+        for (const karma::Kernel* k : karma::kernels())
+          out.emplace_back(k->name, k->exact                                     ? "exact"
+                                    : k->precision == karma::Precision::int8     ? "int8"
+                                    : k->precision == karma::Precision::bfloat16 ? "bfloat16"
+                                                                                 : "float32");
+        return out;
+      },
+      "(name, what it computes in) of every kernel that this machine can run.");
   py::class_<Items>(m, "Items")
       .def(py::init<py::array, const std::string&, const std::string&, int64_t, int64_t, int>(), py::arg("rows"),
            py::arg("storage"), py::arg("path"), py::arg("begin"), py::arg("end"), py::arg("threads"))

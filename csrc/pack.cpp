@@ -14,12 +14,23 @@ namespace {
 constexpr int64_t kBlockBytes = 384 << 10;  // stays in a second-level cache beside a group of queries
 constexpr int64_t kBlockRows = 512 << 10;   // likewise the float32 rows that a filter leaves undecided
 constexpr int64_t kBlockItems = 4096;
+constexpr double kLargest = 1e30, kSmallest = 1e-30;  // of vectors that can be rotated
+constexpr double kHopeless = 1e300;
 
 int64_t per_unit(Precision precision) {
   return precision == Precision::float32 ? 1 : precision == Precision::bfloat16 ? 2 : 4;
 }
 
-// One row as units; returns its lengths. shift and sum as in Basics::to_int8.
+// What int8 copies are made of: the row rotated, so that a few large numbers do not set the scale for all the others.
+void rotated(const Basics& basics, const float* row, int64_t width, float* out) {
+  std::memcpy(out, row, size_t(width) * 4);
+  basics.rotate(out, width);
+}
+
+double scale_for(float largest) { return largest > 0 ? double(largest / 127) : 1.0; }
+
+// One row as units; returns its lengths. For int8 `row` is rotated and `scale` known; shift and sum as in
+// Basics::to_int8.
 Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double scale, int shift, uint32_t* out,
                   int64_t units, int32_t* sum) {
   const Basics& basics = *kernel.basics;
@@ -34,19 +45,22 @@ Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double 
   } else {
     basics.to_int8(row, width, float(scale), shift, out, units, squares, sum);
   }
-  // float32 rounds what is stored, and the difference, by a few parts in 10 million of the row
-  const double slack = kernel.precision == Precision::int8 ? 4e-7 : 0;
   Lengths found;
   found.full = std::sqrt(squares[0]);
-  found.stored = std::sqrt(squares[1]) + slack * found.full;
-  found.error = std::sqrt(squares[2]) + slack * found.full;
+  found.stored = std::sqrt(squares[1]);
+  found.error = std::sqrt(squares[2]);
   found.scale = scale;
+  if (kernel.precision == Precision::int8) {
+    // Each of at most 2 * 17 rounds of the rotation rounds every number once, the shrinking twice; scaling and
+    // subtracting in to_int8 round by less than 7 parts in 2^24 of the row.
+    const double slack = 48 * 0x1p-24 * found.full;
+    found.full += slack;
+    found.stored += slack;
+    found.error += slack;
+    // sums might overflow or lose bits there: the bound then leaves every pair to float32
+    if (found.full > kLargest || (found.full < kSmallest && found.full > 0)) found.error = kHopeless;
+  }
   return found;
-}
-
-double scale_for(float largest) {
-  // tiny vectors are stored as zeros; that is then their error
-  return largest > 1e-30f ? double(largest / 127) : 1.0;
 }
 
 void widen(Lengths& most, const Lengths& one) {
@@ -70,7 +84,11 @@ int64_t steps_of(const Kernel& kernel, int64_t width) {
 }
 
 Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, int threads)
-    : kernel(k), begin(first), end(last), width(rows.width), steps(steps_of(k, rows.width)),
+    : kernel(k),
+      begin(first),
+      end(last),
+      width(rows.width),
+      steps(steps_of(k, rows.width)),
       panel_units((steps + (k.precision == Precision::int8)) * kPanel) {
   block_panels = std::min(kBlockBytes / (panel_units * 4), kBlockItems / kPanel);
   if (!k.exact) block_panels = std::min(block_panels, kBlockRows / (width * 4 * kPanel));
@@ -80,15 +98,17 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
   units_ = allocate(panels() * panel_units);
   const Basics& basics = *kernel.basics;
   parallel(count, threads, [&](int64_t b, int) {
+    const bool int8 = kernel.precision == Precision::int8;
     std::vector<float> copy(rows.storage == Storage::float32 ? 0 : size_t(width));
     const Units one_panel = allocate(kPanel * steps);
     const int64_t start = begin + b * block_items(), stop = start + items_of(b);
     double scale = 1;
-    if (kernel.precision == Precision::int8) {
-      float most = 0;
+    std::vector<float> turned(int8 ? size_t((stop - start) * width) : 0);
+    if (int8) {
       for (int64_t i = start; i < stop; ++i)
-        most = std::max(most, basics.largest(rows.floats(basics, i, copy.data()), width));
-      scale = scale_for(std::isfinite(most) ? most : 1);
+        rotated(basics, rows.floats(basics, i, copy.data()), width, &turned[size_t((i - start) * width)]);
+      const float most = basics.largest(turned.data(), (stop - start) * width);
+      scale = scale_for(most < float(kLargest) ? most : 1);
     }
     Lengths& found = blocks[size_t(b)];
     for (int64_t panel = start; panel < stop; panel += kPanel) {
@@ -100,12 +120,13 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
           std::memset(units, 0, size_t(steps) * 4);
           continue;
         }
-        const Lengths one = row_units(kernel, rows.floats(basics, panel + i, copy.data()), width, scale, 0, units,
-                                      steps, &sums[i]);
-        if (!std::isfinite(one.full)) throw NotFinite("items", panel + i);
+        const float* row = rows.floats(basics, panel + i, copy.data());
+        if (!std::isfinite(basics.square(row, width))) throw NotFinite("items", panel + i);
+        if (int8) row = &turned[size_t((panel + i - start) * width)];
+        const Lengths one = row_units(kernel, row, width, scale, 0, units, steps, &sums[i]);
         widen(found, one);
       }
-      if (kernel.precision == Precision::int8) {
+      if (int8) {
         for (int i = 0; i < kPanel; ++i) *out++ = uint32_t(-128 * sums[i]);
       }
       for (int64_t s = 0; s < steps; ++s)
@@ -124,14 +145,22 @@ Lengths Packed::most() const {
 void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64_t count, int64_t width, uint32_t* out,
                 Lengths* lengths) {
   const int64_t steps = steps_of(kernel, width), group = kernel.group;
+  const Basics& basics = *kernel.basics;
   const Units one = allocate(steps);
+  std::vector<float> turned(kernel.precision == Precision::int8 ? size_t(width) : 0);
   for (int64_t i = 0; i < group; ++i) {
     if (i < count) {
       const float* q = queries + (first + i) * width;
+      if (!std::isfinite(basics.square(q, width))) throw NotFinite("queries", first + i);
+      double scale = 1;
+      if (!turned.empty()) {
+        rotated(basics, q, width, turned.data());
+        q = turned.data();
+        const float most = basics.largest(q, width);
+        scale = scale_for(most < float(kLargest) ? most : 1);
+      }
       int32_t sum;
-      const double scale = kernel.precision == Precision::int8 ? scale_for(kernel.basics->largest(q, width)) : 1;
       lengths[i] = row_units(kernel, q, width, scale, 128, one.get(), steps, &sum);
-      if (!std::isfinite(lengths[i].full)) throw NotFinite("queries", first + i);
     } else {
       std::memset(one.get(), 0, size_t(steps) * 4);
     }

@@ -60,9 +60,7 @@ class Packed {
 
   int64_t block_items() const { return block_panels * kPanel; }
   const uint32_t* block(int64_t i) const { return units_.get() + i * block_panels * panel_units; }
-  int64_t items_of(int64_t block) const {
-    return std::min(block_items(), end - begin - block * block_items());
-  }
+  int64_t items_of(int64_t block) const { return std::min(block_items(), end - begin - block * block_items()); }
   int64_t bytes() const { return panels() * panel_units * 4; }
   Lengths most() const;  // the largest of all blocks
 

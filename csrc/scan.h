@@ -1,5 +1,6 @@
-// The loop over panels, for an instruction set that computes one tile. Included by each kernel after its target pragma,
-// so everything here is local to the file: a copy compiled for one CPU must never be linked into another's code.
+// The loop over panels, for an instruction set that computes one tile. Included by each kernel after its target
+// pragma, so everything here is local to the file: a copy compiled for one CPU must never be linked into another's
+// code.
 #pragma once
 
 #include "kernel.h"

@@ -25,7 +25,9 @@ struct Candidate {
   int64_t item;
 };
 
-bool better(const Candidate& a, const Candidate& b) { return a.score != b.score ? a.score > b.score : a.item < b.item; }
+bool better(const Candidate& a, const Candidate& b) {
+  return a.score != b.score ? a.score > b.score : a.item < b.item;
+}
 
 // The candidates of one query.
 class Pool {
@@ -67,9 +69,9 @@ class Pool {
     for (const Candidate& c : pool_) lows_.push_back(c.score - c.margin);
     std::nth_element(lows_.begin(), lows_.begin() + k_ - 1, lows_.end(), std::greater<double>());
     floor_ = std::max(floor_, lows_[size_t(k_ - 1)]);
-    pool_.erase(std::remove_if(pool_.begin(), pool_.end(),
-                               [&](const Candidate& c) { return c.score + c.margin < floor_; }),
-                pool_.end());
+    pool_.erase(
+        std::remove_if(pool_.begin(), pool_.end(), [&](const Candidate& c) { return c.score + c.margin < floor_; }),
+        pool_.end());
   }
 
   int64_t k_ = 0;
@@ -82,9 +84,17 @@ class Task {
  public:
   Task(const Packed& packed, const Rows& rows, const float* queries, const int64_t* first, const int64_t* left_out,
        const Best& best, int64_t first_query, int64_t last_query)
-      : packed_(packed), rows_(rows), queries_(queries), first_(first), left_out_(left_out), best_(best),
-        first_query_(first_query), count_(last_query - first_query), rounding_(packed.width),
-        longest_(packed.most().full), rescore_(*packed.kernel.basics, rows) {
+      : packed_(packed),
+        rows_(rows),
+        queries_(queries),
+        first_(first),
+        left_out_(left_out),
+        best_(best),
+        first_query_(first_query),
+        count_(last_query - first_query),
+        rounding_(packed.width),
+        longest_(packed.most().full),
+        rescore_(*packed.kernel.basics, rows) {
     const Kernel& kernel = packed.kernel;
     const int64_t groups = (count_ + kernel.group - 1) / kernel.group;
     lengths_.resize(size_t(groups * kernel.group));

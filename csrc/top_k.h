@@ -7,10 +7,10 @@
 
 namespace karma {
 
-struct Best {            // what has been found so far, best first; -inf and -1 where there is less
+struct Best {  // what has been found so far, best first; -inf and -1 where there is less
   int64_t queries, k;
-  float* scores;         // (queries, k)
-  int64_t* items;        // (queries, k)
+  float* scores;   // (queries, k)
+  int64_t* items;  // (queries, k)
 };
 
 // Takes the items of `packed` into account, except those listed for a query: left_out[first[q]..first[q + 1]], rising.

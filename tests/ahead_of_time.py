@@ -27,6 +27,7 @@ MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170
 TENSOR_MEMORY_COLUMNS = 512  # of a block, on 10.0
 REGISTERS = 65536  # of 32 bits, of a block
 
+FLOAT32 = r"\b(?:add|sub|mul|fma|mad|div)\.[\w.]*f32(?:x2)?\b"
 # a matrix instruction of each generation, as PTX spells it
 TENSOR_CORES = {"tcgen05": r"\btcgen05\.mma\.", "wgmma": r"\bwgmma\.mma_async\.", "mma.sync": r"\bmma\.sync\."}
 
@@ -46,6 +47,7 @@ class Launch:
     dots: int  # tl.dot in the source whose types a tensor core can multiply
     slow_dots: int  # those of them that became multiply-adds of single numbers
     tensor_core: str | None
+    fused: bool  # every float32 sum or product is a multiply-add that rounds once, to nearest, and keeps small numbers
     seconds: float = field(compare=False)  # to compile, or to read from Triton's cache
     arguments: str  # types, "?" where divisibility by 16 is not known, and constants
 
@@ -134,6 +136,7 @@ def measure(compiled, seconds: float) -> Launch:
         num_stages=metadata.num_stages, shared=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0, registers=registers, stack=stack, dots=dots,
         slow_dots=0 if exact else slow, seconds=seconds, arguments=" ".join(filter(None, arguments)),
+        fused=all(re.match(r"fma\.rn\.f32", op) for op in re.findall(FLOAT32, asm["ptx"]) or ["none"]),
         tensor_core=next((name for name, pattern in TENSOR_CORES.items() if re.search(pattern, asm["ptx"])), None))
 
 

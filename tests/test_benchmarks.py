@@ -15,6 +15,8 @@ from benchmarks.cases import Case, cpu_cases, gpu_cases, make_inputs, tiny_cases
 from benchmarks.exact import errors, exact, too_far
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation, absent, dense, dense_loss
 from benchmarks.machine import file_name
+from benchmarks.ranking import cases as ranking
+from benchmarks.ranking.implementations import IMPLEMENTATIONS as rankers
 from karma_kernels import info_nce
 
 ROOT = Path(__file__).parents[1]
@@ -349,6 +351,7 @@ def test_pytest_runs_benchmarks_only_when_asked(monkeypatch):
     for collected in (asked, not_asked):
         names = {item.name for item in collected.items}
         assert {f"test_info_nce[{c.name}-{i.name}]" for c in cases for i in IMPLEMENTATIONS} <= names
+        assert {f"test_ranking[{c.name}-{i.name}]" for c in ranking.cpu_cases() for i in rankers} <= names
     assert not any(item.get_closest_marker("skip") for item in asked.items)
     assert all(item.get_closest_marker("skip") for item in not_asked.items)
 

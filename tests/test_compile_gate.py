@@ -23,6 +23,8 @@ from ahead_of_time import Launch, compiling_for, table  # noqa: E402
 
 from karma_kernels.info_nce import fused, library, op  # noqa: E402
 from karma_kernels.info_nce.problem import Wanted  # noqa: E402
+from karma_kernels.ranks import configs  # noqa: E402
+from karma_kernels.ranks import launch as ranks  # noqa: E402
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FASTEST = {90: "wgmma", 100: "tcgen05"}  # elsewhere mma.sync
@@ -30,6 +32,7 @@ WIDTHS = (32, 64, 128, 256, 512, 768, 1024, 2048, 4096)
 FLAGS = ("ids", "log_q", "normalize", "symmetric")
 KERNELS = {"row_factors_kernel", "positives_kernel", "statistics_kernel", "merge_kernel", "finish_kernel",
            "gradient_rows_kernel", "gradient_tile_kernel"}
+EXACT_KERNELS = {"pair_scores_kernel", "resolve_kernel", "exact_kernel"}  # of ranks
 
 
 class Batch(NamedTuple):
@@ -125,6 +128,41 @@ def test_kernels_fit_do_not_spill_and_use_tensor_cores(batch, compiled):
         assert kinds == {FASTEST.get(batch.capability, "mma.sync")}
 
 
+def compile_ranks(capability: int) -> list[Launch]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, pairs = empty(20000, dtype=torch.int64), empty(1 << 20, dtype=torch.int32)
+    launches: list[Launch] = []
+    for width, kind in ((64, torch.float32), (256, torch.float32), (1024, torch.bfloat16), (101, torch.float32)):
+        queries, items, scores = empty(20000, width, dtype=kind), empty(60000, width, dtype=kind), empty(20000)
+        with compiling_for(capability) as found:
+            tile, buffer = configs.filter_tile(queries.device), empty(1 << 28, dtype=torch.float16)
+            targets = ranks.Copies.of(queries, rows, scores, tile.targets, buffer)
+            copies = ranks.Copies.of(items, None, scores[:1], tile.items, buffer)
+            limits = ranks.Thresholds.of(scores, targets, copies, width, tile.items)
+            ranks.launch_filter(targets.values, copies, limits, len(items), rows.int(), ranks.Close.empty(pairs))
+            ranks.launch_resolve(queries, items, rows, scores, pairs, len(pairs), rows, rows)
+            ranks.launch_exact(queries, items, rows, scores, rows, rows, empty(1 << 28))
+            ranks.pair_scores(queries, items, rows, rows)
+        launches += [launch for launch in found if launch not in launches]
+    return launches
+
+
+def test_kernels_of_ranks_and_their_arithmetic(pool):
+    """Besides the rest: where scores decide, nothing but fma.rn.f32 touches a float32."""
+    launches = [launch for found in pool.map(compile_ranks, ARCHITECTURES) for launch in found]
+    print(f"\n{table(launches)}")
+    bad = [launch for launch in launches if launch.problems()]
+    assert not bad, table(bad)
+    for capability in ARCHITECTURES:
+        found = [launch for launch in launches if launch.capability == capability]
+        assert {x.kernel for x in found} == EXACT_KERNELS | {"filter_kernel", "round_rows_kernel"}
+        assert all(x.fused for x in found if x.kernel in EXACT_KERNELS)
+        assert {x.tensor_core for x in found if x.dots} == {FASTEST.get(capability, "mma.sync")}
+        assert len([x for x in found if x.kernel == "pair_scores_kernel"]) == 3
+
+
 # What the harness sees, by a small kernel of our own.
 
 
@@ -205,7 +243,7 @@ def test_other_limits_are_seen(pool):
 def test_each_specialisation_is_compiled_once(pool):
     first, same, ragged, one, shifted = pool.submit(several_sums).result()
     assert [len(x) for x in (first, same, ragged, one, shifted)] == [1, 0, 1, 1, 1]
-    assert first[0].dots == 0 and first[0].problems() == []
+    assert first[0].dots == 0 and first[0].problems() == [] and not first[0].fused  # adds
     assert "x:*fp32 " in first[0].arguments and "n:i32 " in first[0].arguments
     assert "n:i32?" in ragged[0].arguments and "n=1" in one[0].arguments and "x:*fp32?" in shifted[0].arguments
 

@@ -10,7 +10,8 @@ import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
 # shares of about the same length, side by side
-SHARES = ["gradcheck and rows", "gradcheck and not rows", "not gradcheck and library", "not gradcheck and not library"]
+SHARES = ["gradcheck and rows", "gradcheck and not rows", "not gradcheck and library",
+          "not gradcheck and not library and not ranks", "ranks"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -114,16 +114,14 @@ void to_float(karma::Storage from, const void* row, int64_t width, float* out) {
   }
 }
 
+// Not below the sum of squares, and above it by less than a part in 1000.
 double square(const float* row, int64_t width) {
-  constexpr int n = 16;
-  double acc[n] = {};
-  int64_t d = 0;
-  for (; d + n <= width; d += n)
-    for (int i = 0; i < n; ++i) acc[i] += double(row[d + i]) * double(row[d + i]);
-  for (; d < width; ++d) acc[d % n] += double(row[d]) * double(row[d]);
-  for (int half = n / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
-  return acc[0];
+  const float quick = dot(row, row, width);
+  // numbers whose squares vanish in float32 are then too small to matter beside the sum
+  if (quick > 1e-20f && quick < 1e37f) return double(quick) * (1 + double(width + 64) * 0x1p-23);
+  double sum = 0;
+  for (int64_t d = 0; d < width; ++d) sum += double(row[d]) * double(row[d]);
+  return sum * (1 + 1e-9);
 }
 
 float largest(const float* row, int64_t width) {
@@ -197,10 +195,8 @@ void to_int8(const float* row, int64_t width, float scale, int shift, uint32_t* 
   memset(to + width, 0, size_t(units * 4 - width));
 }
 
-// One round of sums and differences at a distance of h; the result is sqrt(2) times as long.
-template <int fixed>
-KARMA_INLINE void butterflies(float* x, int64_t size, int64_t distance) {
-  const int64_t h = fixed ? fixed : distance;
+// x[i] and x[i + h] become their sum and their difference, which makes the whole sqrt(2) times as long.
+KARMA_INLINE void butterflies(float* x, int64_t size, int64_t h) {
   for (int64_t i = 0; i < size; i += 2 * h)
     for (int64_t j = i; j < i + h; ++j) {
       const float a = x[j], b = x[j + h];
@@ -210,11 +206,13 @@ KARMA_INLINE void butterflies(float* x, int64_t size, int64_t distance) {
 }
 
 void hadamard(float* x, int64_t size) {
-  if (size > 1) butterflies<1>(x, size, 1);
-  if (size > 2) butterflies<2>(x, size, 2);
-  if (size > 4) butterflies<4>(x, size, 4);
-  if (size > 8) butterflies<8>(x, size, 8);
-  for (int64_t h = 16; h < size; h *= 2) butterflies<0>(x, size, h);
+  constexpr int n = Lanes::count;
+  int64_t h = 1;
+  if (size >= n) {
+    for (int64_t i = 0; i < size; i += n) Lanes::hadamard(x + i);
+    h = n;
+  }
+  for (; h < size; h *= 2) butterflies(x, size, h);
   const float shrink = float(1 / sqrt(double(size)));
   for (int64_t i = 0; i < size; ++i) x[i] *= shrink;
 }
@@ -233,7 +231,7 @@ void rotate(float* x, int64_t width) {
   if (size < width) hadamard(x + width - size, size);
 }
 
-constexpr karma::Basics kBasics = {chains_of_one, chains_of_pairs, dots,    to_float,
-                                   largest,       to_bfloat16,     to_int8, square, rotate};
+constexpr karma::Basics kBasics = {chains_of_one, chains_of_pairs, dots,   to_float, largest,
+                                   to_bfloat16,   to_int8,         square, rotate};
 
 }  // namespace

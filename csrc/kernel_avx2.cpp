@@ -15,6 +15,15 @@ struct Lanes {
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), v);
   }
+  static KARMA_INLINE void hadamard(float* x) {  // of 8 numbers
+    __m256 y = _mm256_loadu_ps(x);
+    y = _mm256_blend_ps(_mm256_add_ps(_mm256_permute_ps(y, 0xb1), y), _mm256_sub_ps(_mm256_permute_ps(y, 0xb1), y),
+                        0xaa);
+    y = _mm256_blend_ps(_mm256_add_ps(_mm256_permute_ps(y, 0x4e), y), _mm256_sub_ps(_mm256_permute_ps(y, 0x4e), y),
+                        0xcc);
+    const __m256 other = _mm256_permute2f128_ps(y, y, 1);
+    _mm256_storeu_ps(x, _mm256_blend_ps(_mm256_add_ps(other, y), _mm256_sub_ps(other, y), 0xf0));
+  }
   static KARMA_INLINE float sum(const Lanes* x) {
     const __m256 all = _mm256_add_ps(_mm256_add_ps(x[0].v, x[1].v), _mm256_add_ps(x[2].v, x[3].v));
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));

@@ -5,6 +5,7 @@
 #include <string.h>
 // a false alarm inside the compiler's own header (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi,popcnt")
 #include "avx512.h"
 
@@ -16,6 +17,17 @@ struct Lanes {
   static KARMA_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), v);
+  }
+  static KARMA_INLINE void hadamard(float* x) {  // of 16 numbers
+    __m512 y = _mm512_loadu_ps(x);
+    y = pair(y, _mm512_permute_ps(y, 0xb1), 0xaaaa);
+    y = pair(y, _mm512_permute_ps(y, 0x4e), 0xcccc);
+    y = pair(y, _mm512_shuffle_f32x4(y, y, 0xb1), 0xf0f0);
+    y = pair(y, _mm512_shuffle_f32x4(y, y, 0x4e), 0xff00);
+    _mm512_storeu_ps(x, y);
+  }
+  static KARMA_INLINE __m512 pair(__m512 y, __m512 other, __mmask16 second) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(other, y), second, other, y);
   }
   static KARMA_INLINE float sum(const Lanes* x) {
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(x[0].v, x[1].v), _mm512_add_ps(x[2].v, x[3].v)));

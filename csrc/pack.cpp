@@ -5,6 +5,10 @@
 #include <cstring>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "threads.h"
 
 namespace karma {
@@ -72,9 +76,14 @@ void widen(Lengths& most, const Lengths& one) {
 }  // namespace
 
 Units allocate(int64_t units) {
-  const size_t bytes = (size_t(std::max<int64_t>(units, 1)) * 4 + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
+  constexpr size_t huge = 2 << 20;  // of a page, of which large copies need fewer
+  const size_t least = size_t(std::max<int64_t>(units, 1)) * 4, align = least < 2 * huge ? 64 : huge;
+  const size_t bytes = (least + align - 1) / align * align;
+  void* p = std::aligned_alloc(align, bytes);
   if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (align == huge) madvise(p, bytes, MADV_HUGEPAGE);  // a wish; nothing is lost if it is not granted
+#endif
   return Units(static_cast<uint32_t*>(p));
 }
 

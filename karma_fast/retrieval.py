@@ -12,7 +12,7 @@ import torch  # before faiss: both bring an OpenMP runtime, and the one loaded f
 
 from karma_fast.evaluation import Catalogue, top_k
 from karma_fast.evaluation.csr import Csr, check_csr
-from karma_fast.evaluation.rows import Rows, check_finite, check_pair
+from karma_fast.evaluation.rows import Rows, check_finite, check_widths
 
 Kind = Literal["flat", "hnsw", "ivf"]
 SETTINGS_FILE, INDEX_FILE, VECTORS_FILE = "index.json", "index.faiss", "index.safetensors"
@@ -46,7 +46,7 @@ class ItemIndex:
     def __init__(self, embeddings: Any, kind: Kind = "flat", *, gpu: bool | None = None) -> None:
         _check_kind(kind)
         rows = Rows.of("items", embeddings)
-        check_pair(rows, rows)
+        check_widths(rows.width, rows.width, len(rows))
         check_finite("items", rows)
         vectors = rows.float32()
         self.kind, self.num_items, self.width = kind, len(vectors), vectors.shape[1]
@@ -92,7 +92,7 @@ class ItemIndex:
             if seen is not None and not (isinstance(seen, tuple) and len(seen) == 2 and np.ndim(seen[0]) == 1):
                 seen = ([0, len(seen)], seen)
         rows = Rows.of("queries", queries)
-        check_pair(rows, Rows.of("items", np.zeros((1, self.width), np.float32)))
+        check_widths(rows.width, self.width, self.num_items)
         check_finite("queries", rows)
         queries = rows.float32()
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:

@@ -71,14 +71,25 @@ def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
     return np.searchsorted(row, np.arange(queries + 1)), column
 
 
+def within(lists: Csr, begin: int, end: int) -> Csr:
+    """Entries from begin to end of each list."""
+    indptr, indices = lists
+    inside = (indices >= begin) & (indices < end)
+    return np.concatenate([[0], np.cumsum(inside)])[indptr], indices[inside]
+
+
 class TargetCounts:
     """Counts of a set of targets so far, from scores that come in panels."""
 
-    def __init__(self, targets: Targets, num_items: int, seen: Csr | None) -> None:
+    def __init__(self, targets: Targets, num_items: int, seen: Csr | None,
+                 item_range: tuple[int, int] | None = None) -> None:
+        begin, end = item_range or (0, num_items)
         self.targets, self.query, self.item = targets, targets.query, targets.item
         self.greater, self.ties = np.zeros((2, len(self.item)), np.int64)
-        self.candidates = np.full(len(self.item), num_items, np.int64)
+        self.candidates = np.full(len(self.item), end - begin, np.int64)
         self.left_out = left_out(seen, targets, num_items)
+        if self.left_out is not None:
+            self.left_out = within(self.left_out, begin, end)
         if self.left_out is not None:
             self.candidates -= np.diff(self.left_out[0])[self.query]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .catalogue import Catalogue, native, thread_count
-from .counting import Targets
+from .counting import Targets, within
 from .csr import Csr, csr_rows
 from .routing import count_routes, top_k_path
 from .scores import check_overflow, norms
@@ -81,9 +81,6 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
     if listed is not None:
         counts.leave_out(listed)
         candidates -= np.diff(listed[0])[counts.query]
-    if largest_k is not None:
-        stopped = counts.greater >= largest_k
-        counts.greater[stopped], counts.equal[stopped] = largest_k, 0
     return counts.greater, counts.equal, candidates
 
 
@@ -122,13 +119,6 @@ def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
     if seen is None:
         return None
     return native.left_out(*seen, targets.starts, targets.item, num_items)
-
-
-def within(lists: Csr, begin: int, end: int) -> Csr:
-    """Entries from begin to end of each list."""
-    indptr, indices = lists
-    inside = (indices >= begin) & (indices < end)
-    return np.concatenate([[0], np.cumsum(inside)])[indptr], indices[inside]
 
 
 def longest(rows: np.ndarray) -> float:

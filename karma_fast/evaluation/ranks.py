@@ -7,18 +7,17 @@ target never counts itself, and copies of an item always tie.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import native_ranks, torch_ranks
+from . import device_ranks, native_ranks, torch_ranks
 from .catalogue import Catalogue, check_path, native, thread_count
 from .counting import TargetCounts, Targets
 from .csr import Csr, check_csr
-from .rows import Rows, check_finite, check_pair
+from .rows import DTYPES, Rows, check_finite, check_widths
 
 ITEM_PANEL = 8192  # of given scores, looked at together
 
@@ -70,10 +69,7 @@ class Ranks:
             raise ValueError(f"parts: got {sizes} targets; each part must rank the same ones")
         greater, ties, candidates = (sum(getattr(p, name) for p in parts) for name in
                                      ("greater", "ties", "candidates"))
-        if limit is not None:
-            ties = np.where(greater >= limit, 0, ties)
-            greater = np.minimum(greater, limit)
-        return Ranks(greater, ties, candidates, parts[0].indptr, limit)
+        return limited_to(limit, greater, ties, candidates, parts[0].indptr)
 
 
 def same_limit(parts: list[Ranks]) -> int | None:
@@ -89,9 +85,9 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
                  progress: bool = False) -> Ranks:
     """Ranks of each query's targets among all items by inner product.
 
-    On a CPU a C++ extension streams packed items past the queries and counts; tensors that lie on a GPU are ranked
-    there. Memory beyond the inputs is that of the packed items, at most about 1 GiB at a time if they are not a
-    :class:`Catalogue`; ``items`` may be a memory map larger than the memory.
+    On a CPU a C++ extension streams packed items past the queries and counts; if queries and items are tensors on a
+    GPU, they are ranked there. Memory beyond the inputs is that of the packed items, at most about 1 GiB at a time if
+    they are not a :class:`Catalogue`; ``items`` may be a memory map larger than the memory.
 
     Args:
         queries: (Q, D) float32, float16 or bfloat16, array or tensor.
@@ -121,7 +117,12 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
         >>> Ranks.sum([target_ranks(queries, items, [2], item_range=part) for part in ((0, 3), (3, 4))]).expected
         array([1.5])
     """
-    users, catalogue = checked(queries, items, path)
+    on_device = path == "auto" and all(isinstance(x, torch.Tensor) and x.is_cuda for x in (queries, items))
+    if on_device:
+        check_tensors(queries, items)
+        users, catalogue = queries.detach(), items.detach()
+    else:
+        users, catalogue = checked(queries, items, path)
     goal = Targets.check(targets, len(users), len(catalogue))
     if seen is not None:
         seen = check_csr("seen", seen, len(users), len(catalogue))
@@ -129,27 +130,24 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
     if largest_k is not None and (isinstance(largest_k, bool) or int(largest_k) != largest_k or largest_k < 1):
         raise ValueError(f"largest_k: got {largest_k!r}; a whole number >= 1 is needed")
     thread_count(threads)
-    with progress_bar(progress, span) as bar:
-        if native and path != "torch":
+    with Bar(progress, span[1] - span[0]) as bar:
+        if on_device:
+            counts = device_ranks.count(users, catalogue, goal, seen, span)
+        elif native and path != "torch":
             counts = native_ranks.count(users, catalogue, goal, seen, span, largest_k, path, threads, bar)
         else:
-            counts = by_torch(users, catalogue, goal, seen, span, largest_k, threads)
-            bar.update(span[1] - span[0])
-    return Ranks(*counts, goal.indptr, largest_k)
+            counts = torch_ranks.count(users, catalogue.rows.float32(), goal, seen, span, threads)
+        bar.finish()
+    return limited_to(largest_k, *counts, goal.indptr)
 
 
-def by_torch(queries: np.ndarray, catalogue: Catalogue, goal: Targets, seen: Csr | None, span: tuple[int, int],
-             largest_k: int | None, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    counts = TargetCounts(goal, len(catalogue), seen)
-    torch_ranks.count(counts, queries, catalogue.rows.float32(), *span, threads)
-    if span != (0, len(catalogue)):
-        counts.candidates[:] = span[1] - span[0]
-        if counts.left_out is not None:
-            counts.candidates -= np.diff(native_ranks.within(counts.left_out, *span)[0])[counts.query]
+def limited_to(largest_k: int | None, greater: np.ndarray, ties: np.ndarray, candidates: np.ndarray,
+               indptr: np.ndarray | None) -> Ranks:
+    """Counts that stop at ``largest_k``, whatever they were stopped at."""
     if largest_k is not None:
-        stopped = counts.greater >= largest_k
-        counts.greater[stopped], counts.ties[stopped] = largest_k, 0
-    return counts.greater, counts.ties, counts.candidates
+        ties = np.where(greater >= largest_k, 0, ties)
+        greater = np.minimum(greater, largest_k)
+    return Ranks(greater, ties, candidates, indptr, largest_k)
 
 
 def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads: int = 0, path: str = "auto") \
@@ -183,12 +181,22 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
     users = Rows.of("queries", queries)
     check_path(path)
     rows = items.rows if isinstance(items, Catalogue) else Rows.of("items", items)
-    check_pair(users, rows)
+    check_widths(users.width, rows.width, len(rows))
     check_finite("queries", users)
     catalogue = items if isinstance(items, Catalogue) else Catalogue.passing(items)
     if path == "torch":
         check_finite("items", rows)
     return users.float32(), catalogue
+
+
+def check_tensors(queries: torch.Tensor, items: torch.Tensor) -> None:
+    for name, x in (("queries", queries), ("items", items)):
+        if x.ndim != 2 or x.dtype not in DTYPES:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, dtype {x.dtype}; (rows, width) in float32, float16 "
+                             "or bfloat16 is needed")
+    check_widths(queries.shape[1], items.shape[1], len(items))
+    if queries.device != items.device:
+        raise ValueError(f"queries are on {queries.device} and items on {items.device}; move one of them")
 
 
 def check_range_of(item_range: Any, num_items: int) -> tuple[int, int]:
@@ -200,20 +208,29 @@ def check_range_of(item_range: Any, num_items: int) -> tuple[int, int]:
     return start, stop
 
 
-def progress_bar(progress: bool, span: tuple[int, int]) -> Any:
-    if not progress:
-        return NoBar()
-    from tqdm import tqdm
+class Bar:
+    """A bar over the items, or none; full at the end although queries may have stopped early."""
 
-    return tqdm(total=span[1] - span[0], desc="ranking", unit="item", unit_scale=True)
+    def __init__(self, progress: bool, items: int) -> None:
+        self.bar, self.items = None, items
+        if progress:
+            from tqdm import tqdm
 
+            self.bar = tqdm(total=items, desc="ranking", unit="item", unit_scale=True)
 
-class NoBar(contextlib.nullcontext):
-    def __enter__(self) -> NoBar:
+    def update(self, items: float) -> None:
+        if self.bar is not None:
+            self.bar.update(items)
+
+    def finish(self) -> None:
+        self.update(self.items - self.bar.n if self.bar is not None else 0)
+
+    def __enter__(self) -> Bar:
         return self
 
-    def update(self, n: float) -> None:
-        pass
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def rank_scores(scores: Any, targets: Any, seen: Csr | None = None) -> Ranks:

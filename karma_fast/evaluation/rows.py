@@ -70,9 +70,9 @@ def check_finite(name: str, rows: Rows) -> None:
                              "them has diverged")
 
 
-def check_pair(queries: Rows, items: Rows) -> None:
+def check_widths(queries: int, items: int, num_items: int) -> None:
     """ValueError unless each query can be multiplied with each item, and there are items."""
-    if queries.width != items.width or queries.width == 0:
-        raise ValueError(f"queries have width {queries.width} and items {items.width}; the same width >= 1 is needed")
-    if len(items) == 0:
+    if queries != items or queries == 0:
+        raise ValueError(f"queries have width {queries} and items {items}; the same width >= 1 is needed")
+    if num_items == 0:
         raise ValueError("items: the catalogue is empty")

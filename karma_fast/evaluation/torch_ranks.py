@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from .counting import TargetCounts
+from .counting import TargetCounts, Targets
 from .csr import Csr
 from .scores import error_bound, pair_scores
 
@@ -20,8 +20,11 @@ ITEM_PANEL = 8192  # with the 512 targets of a block 32 MB of float64 scores at 
 ROW_BYTES = 64 << 20  # of whole rows of scores in best_items
 
 
-def count(goal: TargetCounts, queries: np.ndarray, items: np.ndarray, begin: int, end: int, threads: int) -> None:
-    """Adds the counts of items begin..end: (Q, D) and (N, D) float32."""
+def count(queries: np.ndarray, items: np.ndarray, targets: Targets, seen: Csr | None, item_range: tuple[int, int],
+          threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(T,) greater, ties and candidates among the items in ``item_range``, from checked input in float32."""
+    begin, end = item_range
+    goal = TargetCounts(targets, len(items), seen, item_range)
     margin = error_bound(queries, items)
     exact = pair_scores(queries, items, goal.query, goal.item)
     with limited(threads):
@@ -35,6 +38,7 @@ def count(goal: TargetCounts, queries: np.ndarray, items: np.ndarray, begin: int
                     return pair_scores(queries, items, row + first, column + first_item)
 
                 goal.count(wide[rows] @ panel, start, stop, first, first_item, exact, margin, decide)
+    return goal.greater, goal.ties, goal.candidates
 
 
 def best_items(queries: np.ndarray, items: np.ndarray, k: int, seen: Csr | None, threads: int) \

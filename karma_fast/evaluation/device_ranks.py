@@ -1,0 +1,60 @@
+"""Ranks of tensors where they lie, by ``karma_kernels.ranks``: for a GPU, whose counts are those of a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from karma_kernels.ranks import count_ranks, pair_scores
+
+from .counting import Targets, left_out
+from .csr import Csr
+from .scores import check_overflow
+
+PIECE = 1 << 16  # rows or pairs worked on together
+
+
+def count(queries: Tensor, items: Tensor, targets: Targets, seen: Csr | None, item_range: tuple[int, int]) \
+        -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(T,) greater, ties and candidates among the items in ``item_range``, from checked targets and lists."""
+    begin, end = item_range
+    longest = [longest_of(name, x) for name, x in (("queries", queries), ("items", items))]
+    check_overflow(longest[0] * longest[1])
+    query, item = (torch.from_numpy(x).to(queries.device) for x in (targets.query, targets.item))
+    score = pair_scores(queries, items, query, item)
+    greater, ties = count_ranks(queries, items[begin:end], query, score)
+    ties -= ((item >= begin) & (item < end)).long()  # the target itself
+    candidates = torch.full_like(greater, end - begin)
+    listed = left_out(seen, targets, len(items))
+    if listed is not None:
+        starts, size = torch.from_numpy(targets.starts).to(queries.device), np.diff(targets.starts)
+        row, column = np.repeat(np.arange(len(queries)), np.diff(listed[0])), listed[1]
+        inside = (column >= begin) & (column < end)
+        row, column = row[inside], column[inside]
+        for start in range(0, len(row), PIECE):
+            rows, columns = (torch.from_numpy(x[start:start + PIECE]).to(queries.device) for x in (row, column))
+            found = pair_scores(queries, items, rows, columns)
+            # one entry for each target of the pair's query
+            times = torch.from_numpy(size[row[start:start + PIECE]]).to(queries.device)
+            pair = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), times)
+            nth = torch.arange(len(pair), device=rows.device) - (times.cumsum(0) - times)[pair]
+            target = starts[rows[pair]] + nth
+            greater.index_add_(0, target, -(found[pair] > score[target]).long())
+            ties.index_add_(0, target, -(found[pair] == score[target]).long())
+            candidates.index_add_(0, target, -torch.ones_like(target))
+    return greater.cpu().numpy(), ties.cpu().numpy(), candidates.cpu().numpy()
+
+
+def longest_of(name: str, x: Tensor) -> float:
+    """Length of the longest row; ValueError for NaN or infinite values, and in what row."""
+    longest = 0.0
+    for start in range(0, len(x), PIECE):
+        lengths = x[start:start + PIECE].double().norm(dim=1)
+        most = float(lengths.max())
+        if not np.isfinite(most):
+            row = start + int((~lengths.isfinite()).nonzero()[0])
+            raise ValueError(f"{name}: NaN or infinite values in row {row} cannot be ranked; the model that made them "
+                             "has diverged")
+        longest = max(longest, most)
+    return longest

@@ -195,24 +195,22 @@ void to_int8(const float* row, int64_t width, float scale, int shift, uint32_t* 
   memset(to + width, 0, size_t(units * 4 - width));
 }
 
-// x[i] and x[i + h] become their sum and their difference, which makes the whole sqrt(2) times as long.
-KARMA_INLINE void butterflies(float* x, int64_t size, int64_t h) {
-  for (int64_t i = 0; i < size; i += 2 * h)
-    for (int64_t j = i; j < i + h; ++j) {
-      const float a = x[j], b = x[j + h];
-      x[j] = a + b;
-      x[j + h] = a - b;
-    }
-}
-
+// Sums and differences of numbers 1, 2, 4 and so on apart, for a power of two of numbers.
 void hadamard(float* x, int64_t size) {
   constexpr int n = Lanes::count;
   int64_t h = 1;
   if (size >= n) {
     for (int64_t i = 0; i < size; i += n) Lanes::hadamard(x + i);
-    h = n;
+    for (h = n; h < size; h *= 2)
+      for (int64_t i = 0; i < size; i += 2 * h)
+        for (int64_t j = i; j < i + h; j += n) Lanes::cross(x + j, x + j + h);
   }
-  for (; h < size; h *= 2) butterflies(x, size, h);
+  for (; h < size; h *= 2)
+    for (int64_t i = 0; i < size; ++i)
+      if (!(i & h)) {
+        const float a = x[i], b = x[i + h];
+        x[i] = a + b, x[i + h] = a - b;
+      }
   const float shrink = float(1 / sqrt(double(size)));
   for (int64_t i = 0; i < size; ++i) x[i] *= shrink;
 }

@@ -15,6 +15,11 @@ struct Lanes {
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), v);
   }
+  static KARMA_INLINE void cross(float* x, float* y) {
+    const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(y);
+    _mm256_storeu_ps(x, _mm256_add_ps(a, b));
+    _mm256_storeu_ps(y, _mm256_sub_ps(a, b));
+  }
   static KARMA_INLINE void hadamard(float* x) {  // of 8 numbers
     __m256 y = _mm256_loadu_ps(x);
     y = _mm256_blend_ps(_mm256_add_ps(_mm256_permute_ps(y, 0xb1), y), _mm256_sub_ps(_mm256_permute_ps(y, 0xb1), y),

@@ -18,6 +18,11 @@ struct Lanes {
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), v);
   }
+  static KARMA_INLINE void cross(float* x, float* y) {
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(y);
+    _mm512_storeu_ps(x, _mm512_add_ps(a, b));
+    _mm512_storeu_ps(y, _mm512_sub_ps(a, b));
+  }
   static KARMA_INLINE void hadamard(float* x) {  // of 16 numbers
     __m512 y = _mm512_loadu_ps(x);
     y = pair(y, _mm512_permute_ps(y, 0xb1), 0xaaaa);

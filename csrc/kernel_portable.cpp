@@ -13,6 +13,12 @@ struct Lanes {
   void add(const float* a, const float* b) {
     for (int i = 0; i < count; ++i) v[i] += a[i] * b[i];
   }
+  static void cross(float* x, float* y) {
+    for (int i = 0; i < count; ++i) {
+      const float a = x[i], b = y[i];
+      x[i] = a + b, y[i] = a - b;
+    }
+  }
   static void hadamard(float* x) {  // of 4 numbers
     const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
     x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;

@@ -106,13 +106,23 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
   blocks.resize(size_t(count));
   units_ = allocate(panels() * panel_units);
   const Basics& basics = *kernel.basics;
-  parallel(count, threads, [&](int64_t b, int) {
-    const bool int8 = kernel.precision == Precision::int8;
-    std::vector<float> copy(rows.storage == Storage::float32 ? 0 : size_t(width));
-    const Units one_panel = allocate(kPanel * steps);
+  const bool int8 = kernel.precision == Precision::int8;
+  struct Scratch {
+    Units panel;
+    std::vector<float> copy, turned;
+  };
+  std::vector<Scratch> scratches(size_t(std::max(threads, 1)));
+  parallel(count, threads, [&](int64_t b, int thread) {
+    Scratch& scratch = scratches[size_t(thread)];
+    if (!scratch.panel) {
+      scratch.panel = allocate(kPanel * steps);
+      if (rows.storage != Storage::float32) scratch.copy.resize(size_t(width));
+      if (int8) scratch.turned.resize(size_t(block_items() * width));
+    }
+    std::vector<float>&copy = scratch.copy, &turned = scratch.turned;
+    uint32_t* one_panel = scratch.panel.get();
     const int64_t start = begin + b * block_items(), stop = start + items_of(b);
     double scale = 1;
-    std::vector<float> turned(int8 ? size_t((stop - start) * width) : 0);
     if (int8) {
       for (int64_t i = start; i < stop; ++i)
         rotated(basics, rows.floats(basics, i, copy.data()), width, &turned[size_t((i - start) * width)]);
@@ -124,7 +134,7 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
       uint32_t* out = units_.get() + (panel - begin) / kPanel * panel_units;
       int32_t sums[kPanel] = {};
       for (int64_t i = 0; i < kPanel; ++i) {
-        uint32_t* units = one_panel.get() + i * steps;
+        uint32_t* units = one_panel + i * steps;
         if (panel + i >= stop) {
           std::memset(units, 0, size_t(steps) * 4);
           continue;
@@ -139,7 +149,7 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
         for (int i = 0; i < kPanel; ++i) *out++ = uint32_t(-128 * sums[i]);
       }
       for (int64_t s = 0; s < steps; ++s)
-        for (int i = 0; i < kPanel; ++i) *out++ = one_panel[size_t(i * steps + s)];
+        for (int i = 0; i < kPanel; ++i) *out++ = one_panel[i * steps + s];
     }
     found.scale = scale;
   });

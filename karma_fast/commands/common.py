@@ -123,7 +123,7 @@ def table(rows: dict[str, dict[str, float]], columns: Sequence[str] = COLUMNS) -
     """
     from ..evaluation.verdict import name_of
 
-    lines = [" " * 16 + "".join(f"{name:>9}" for name in columns)]
-    lines += [f"{name_of(key):<16}" + "".join(f"{row[name]:9.4f}" for name in columns)
+    lines = [" " * 16 + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns)]
+    lines += [f"{name_of(key):<16}" + "".join(f"{row[name]:{max(9, len(name) + 2)}.4f}" for name in columns)
               for key, row in rows.items()]
     return "\n".join(lines)

@@ -30,6 +30,8 @@ OPTIONAL_ON_GPU = {
     "liger-kernel": ("liger-kernel", "language-model losses with less memory"),
     "flash-attn": ("flash-attn --no-build-isolation", "faster attention"),
 }
+NO_EXTENSION = ("by torch, many times slower than the C++ extension, which was not built; install a C++17 compiler "
+                "(on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -75,17 +77,19 @@ def pip_install(spec: str) -> str:
 def look_at_hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     out: dict[str, Any] = {"cpu": "", "cpu_features": [], "cores": cores, "memory_bytes": memory_bytes(), "gpus": [],
-                           "compute_dtype": None}
+                           "compute_dtype": None, "ranking": []}
     try:
         import torch
     except ImportError:
         return out
+    from ..evaluation import paths
     from ..model.backbone import compute_dtype
     from .common import cpu_name
 
     features = torch.cpu.get_capabilities()
     names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve")
-    out |= {"cpu": cpu_name(), "cpu_features": [name for name in names if features.get(name)]}
+    out |= {"cpu": cpu_name(), "cpu_features": [name for name in names if features.get(name)],
+            "ranking": list(paths())}
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         out["gpus"].append({"name": facts.name, "memory_bytes": facts.total_memory,
@@ -128,6 +132,7 @@ def to_text(found: dict[str, Any]) -> str:
         lines.append(f"          {' '.join(found['cpu_features'])}")
     lines += [f"gpu       {gpu['name']}, {size(gpu['memory_bytes'])}, capability {gpu['capability']}"
               for gpu in found["gpus"]] or ["gpu       none that torch can use"]
+    lines.append("ranking   " + (f"in C++: {', '.join(found['ranking'])}" if found["ranking"] else NO_EXTENSION))
     lines += [f"computes  in {found['compute_dtype'] or 'nothing: torch is missing'}",
               f"cache     {found['cache']['folder']}, {size(found['cache']['bytes'])}"]
     lines += [f"backbone  {name}: {state}" for name, state in found["backbones"].items()]

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from .common import draw, fit_to, load_data, load_model, table
+from .common import COLUMNS, draw, fit_to, load_data, load_model, table
 
 
 def main(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions)}, indent=1))
         return 0
-    print(f"{table(rows)}\n\n{args.split}: {line}")
+    print(f"{table(rows, (*COLUMNS, 'AUC', 'tie_share'))}\n\n{args.split}: {line}")
     if args.baselines:
         print("\n" + "\n".join(verdict(rows, len(positions))))
     return 0

@@ -37,7 +37,8 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
     positions = np.asarray(positions, dtype=np.int64)
     users = encode_requests(model, data, positions, progress) if users is None else users
     seen = seen_before(data.sequences, positions) if mask_seen else None
-    ranks = target_ranks(users, model.encode_items(), data.sequences.items[positions].astype(np.int64), seen=seen)
+    ranks = target_ranks(users, model.encode_items(), data.sequences.items[positions].astype(np.int64), seen=seen,
+                         progress=progress)
     return ranking_metrics(ranks, ks, num_items=len(data.items))
 
 

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cpu.h"
 #include "margin.h"
 #include "rescore.h"
 #include "threads.h"
@@ -12,7 +13,7 @@ namespace karma {
 
 namespace {
 
-constexpr int64_t kGroups = 24;     // groups of queries a task: often enough that a block is worth fetching
+constexpr int64_t kQueries = 512;   // a task: enough that a block is worth fetching, and packing once more
 constexpr int64_t kRoom = 1 << 13;  // of the list of undecided pairs
 constexpr int64_t kPairs = 8;       // chains at a time
 constexpr int kTasksPerThread = 4;
@@ -59,12 +60,18 @@ struct Sure {  // what is above high, or below low, is so whatever the order of 
   float high, low;
 };
 
+// Beyond this share of undecided pairs a filter takes longer than the exact kernel: it then spends its own D units of
+// time a pair and about 1300 + 6 D on each undecided one, the exact kernel 4 D. (Measured with int8 on AVX-512.)
+double worthwhile_share(double width) { return 3 * width / (1300 + 6 * width); }
+
 // Some groups of queries against some blocks.
 class Task {
  public:
   Task(const Packed& packed, const Rows& rows, const Targets& targets, int64_t first_query, int64_t last_query)
       : packed_(packed),
         kernel_(packed.kernel),
+        exact_(packed.kernel.exact ? &packed.kernel : exact_kernel()),
+        rows_(rows),
         targets_(targets),
         first_query_(first_query),
         last_query_(last_query),
@@ -86,11 +93,11 @@ class Task {
         query_of_[size_t(t - first_target_)] = q - first_query;
         vectors_[size_t(t - first_target_)] = targets.vectors + q * packed.width;
       }
+    packed_queries_.resize(size_t(groups_));
+    exact_queries_.resize(size_t(groups_));
     lengths_.resize(size_t(groups_ * kernel_.group));
-    units_ = allocate(groups_ * kernel_.group * packed.steps);
     for (int64_t g = 0; g < groups_; ++g)
-      pack_group(kernel_, targets.vectors, first_of(g), first_of(g + 1) - first_of(g), packed.width, group_units(g),
-                 &lengths_[size_t(g * kernel_.group)]);
+      packed_queries_[size_t(g)] = pack_queries(kernel_, g, &lengths_[size_t(g * kernel_.group)]);
     const double longest = packed.most().full;
     for (size_t i = 0; i < count; ++i) {
       const double goal = targets.score[first_target_ + int64_t(i)];
@@ -102,10 +109,21 @@ class Task {
   // Items from begin to end.
   void run(int64_t begin, int64_t end) {
     const int64_t size = packed_.block_items();
-    for (int64_t start = begin; start < end;) {
-      const int64_t b = (start - packed_.begin) / size, stop = std::min(end, packed_.begin + (b + 1) * size);
-      for (int64_t g = 0; g < groups_; ++g) compare(g, b, start, stop);
-      start = stop;
+    for (int64_t first = begin; first < end;) {
+      const int64_t b = (first - packed_.begin) / size, start = packed_.begin + b * size;
+      const int64_t last = std::min(end, start + size);
+      bool crowded = false;
+      for (int64_t g = 0; g < groups_; ++g) {
+        if (kernel_.exact) {
+          compare(kernel_, g, packed_queries_[size_t(g)].get(), packed_.block(b), start, first, last);
+        } else if (exact_queries_[size_t(g)]) {
+          crowded = true;
+        } else {
+          filter(g, b, start, first, last);
+        }
+      }
+      if (crowded) compare_crowded(first, last);
+      first = last;
     }
     chains_.flush();
   }
@@ -119,56 +137,99 @@ class Task {
 
  private:
   int64_t first_of(int64_t g) const { return std::min(first_query_ + g * kernel_.group, last_query_); }
-  uint32_t* group_units(int64_t g) { return units_.get() + g * kernel_.group * packed_.steps; }
 
-  // One group and items of one block.
-  void compare(int64_t g, int64_t b, int64_t first_item, int64_t last_item) {
-    const int64_t begin = targets_.first[first_of(g)], end = targets_.first[first_of(g + 1)];
-    const size_t at = size_t(begin - first_target_);
-    for (int64_t t = begin; t < end; ++t) {
-      const size_t i = size_t(t - first_target_);
-      const Lengths& query = lengths_[size_t(query_of_[i])];
-      const Lengths& block = packed_.blocks[size_t(b)];
-      const double margin = kernel_.exact ? 0 : rounding_.of_packed(query, block);
-      const Band limits = band(kernel_, targets_.score[t], margin, query, block);
-      high_[i] = limits.high;
-      low_[i] = limits.low;
-    }
+  // Group g of this task, in as many groups as `kernel` makes of it.
+  Units pack_queries(const Kernel& kernel, int64_t g, Lengths* lengths) const {
+    const int64_t first = first_of(g), last = first_of(g + 1), units = kernel.group * steps_of(kernel, packed_.width);
+    Units out = allocate((last - first + kernel.group - 1) / kernel.group * units);
+    for (int64_t q = first; q < last; q += kernel.group)
+      pack_group(kernel, targets_.vectors, q, std::min<int64_t>(kernel.group, last - q), packed_.width,
+                 out.get() + (q - first) / kernel.group * units, lengths);
+    return out;
+  }
+
+  // Queries first_query to last_query, a group of `kernel`, and items first to last of panels that begin with `start`.
+  Job job_of(const Kernel& kernel, const uint32_t* queries, const uint32_t* panels, int64_t first_query,
+             int64_t last_query, int64_t start, int64_t first, int64_t last) {
+    const int64_t begin = targets_.first[first_query];
     group_targets_.clear();
-    for (int64_t i = 0; i <= kernel_.group; ++i)
-      group_targets_.push_back(int32_t(targets_.first[std::min(first_of(g) + i, last_query_)] - begin));
-    const int64_t room = kernel_.exact ? 0 : std::max(kRoom, (end - begin) * kPanel);
-    if (int64_t(list_.size()) < room) list_.resize(size_t(room));
-
+    for (int64_t i = 0; i <= kernel.group; ++i)
+      group_targets_.push_back(int32_t(targets_.first[std::min(first_query + i, last_query)] - begin));
+    const size_t at = size_t(begin - first_target_);
     Job job{};
-    job.queries = group_units(g);
-    job.items = packed_.block(b);
-    const int64_t start = packed_.begin + b * packed_.block_items();
-    job.skip = first_item - start;
-    job.valid = last_item - start;
+    job.queries = queries;
+    job.items = panels;
+    job.skip = first - start;
+    job.valid = last - start;
     job.first_panel = job.skip / kPanel;
     job.panels = (job.valid + kPanel - 1) / kPanel;
-    job.panel_units = packed_.panel_units;
-    job.steps = packed_.steps;
+    job.steps = steps_of(kernel, packed_.width);
+    job.panel_units = panel_units_of(kernel, packed_.width);
     job.first_target = group_targets_.data();
     job.high = high_.data() + at;
     job.low = low_.data() + at;
     job.above = above_.data() + at;
-    job.level = kernel_.exact ? level_.data() + at : nullptr;
+    return job;
+  }
+
+  // Group g with a kernel whose scores are the defined ones.
+  void compare(const Kernel& kernel, int64_t g, const uint32_t* queries, const uint32_t* panels, int64_t start,
+               int64_t first, int64_t last) {
+    const int64_t units = kernel.group * steps_of(kernel, packed_.width);
+    for (int64_t q = first_of(g); q < first_of(g + 1); q += kernel.group, queries += units) {
+      const int64_t stop = std::min<int64_t>(q + kernel.group, first_of(g + 1));
+      for (int64_t t = targets_.first[q]; t < targets_.first[stop]; ++t) {
+        const size_t i = size_t(t - first_target_);
+        high_[i].real = low_[i].real = targets_.score[t];
+        level_[i] -= targets_.item[t] >= first && targets_.item[t] < last;  // it will be level with itself
+      }
+      Job job = job_of(kernel, queries, panels, q, stop, start, first, last);
+      job.level = level_.data() + (targets_.first[q] - first_target_);
+      kernel.scan(job);
+    }
+  }
+
+  // The groups that have become too crowded round their targets for a filter.
+  void compare_crowded(int64_t first, int64_t last) {
+    const int64_t panels = (last - first + kPanel - 1) / kPanel, units = panel_units_of(*exact_, packed_.width);
+    if (!exact_panels_) exact_panels_ = allocate(packed_.block_panels * units);
+    for (int64_t p = 0; p < panels; ++p)
+      pack_exact(*exact_, rows_, first + p * kPanel, std::min(last, first + (p + 1) * kPanel),
+                 exact_panels_.get() + p * units);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const uint32_t* queries = exact_queries_[size_t(g)].get();
+      if (queries) compare(*exact_, g, queries, exact_panels_.get(), first, first, last);
+    }
+  }
+
+  // Group g with a kernel whose scores have a margin.
+  void filter(int64_t g, int64_t b, int64_t start, int64_t first, int64_t last) {
+    const int64_t begin = targets_.first[first_of(g)], end = targets_.first[first_of(g + 1)];
+    for (int64_t t = begin; t < end; ++t) {
+      const size_t i = size_t(t - first_target_);
+      const Lengths& query = lengths_[size_t(query_of_[i])];
+      const Lengths& block = packed_.blocks[size_t(b)];
+      const Band limits = band(kernel_, targets_.score[t], rounding_.of_packed(query, block), query, block);
+      high_[i] = limits.high;
+      low_[i] = limits.low;
+    }
+    const int64_t room = std::max(kRoom, (end - begin) * kPanel);
+    if (int64_t(list_.size()) < room) list_.resize(size_t(room));
+    Job job = job_of(kernel_, packed_queries_[size_t(g)].get(), packed_.block(b), first_of(g), first_of(g + 1), start,
+                     first, last);
     job.list = list_.data();
     job.room = room;
-    if (kernel_.exact) {
-      kernel_.scan(job);
-      for (int64_t t = begin; t < end; ++t) {  // the target itself is level with itself
-        const int64_t own = targets_.item[t] - start;
-        if (own >= job.skip && own < job.valid) --level_[size_t(t - first_target_)];
-      }
-      return;
-    }
+    int64_t listed = 0;
     while (job.first_panel < job.panels) {
       job.listed = 0;
       job.first_panel = kernel_.scan(job);
       decide(begin, start, job);
+      listed += job.listed;
+    }
+    const double pairs = double(end - begin) * double(last - first);
+    if (exact_ && double(listed) > worthwhile_share(double(packed_.width)) * pairs) {
+      std::vector<Lengths> unused(size_t(exact_->group));
+      exact_queries_[size_t(g)] = pack_queries(*exact_, g, unused.data());
     }
   }
 
@@ -188,12 +249,16 @@ class Task {
 
   const Packed& packed_;
   const Kernel& kernel_;
+  const Kernel* const exact_;  // null: this machine has none
+  const Rows& rows_;
   const Targets& targets_;
   const int64_t first_query_, last_query_, groups_, first_target_;
   const Rounding rounding_;
   Rescore rescore_;
   Chains chains_;
-  Units units_;
+  std::vector<Units> packed_queries_;  // a group
+  std::vector<Units> exact_queries_;   // a group that a filter does not suit, else null
+  Units exact_panels_;
   std::vector<Lengths> lengths_;       // a query
   std::vector<int64_t> query_of_;      // a target
   std::vector<const float*> vectors_;  // a target: its query's
@@ -208,7 +273,8 @@ class Task {
 
 void count_ranks(const Packed& packed, const Rows& rows, const Targets& targets, int64_t begin, int64_t end,
                  int64_t* greater, int64_t* equal, int threads) {
-  const int64_t chunk = kGroups * packed.kernel.group, chunks = (targets.queries + chunk - 1) / chunk;
+  const int64_t chunk = kQueries / packed.kernel.group * packed.kernel.group,
+                chunks = (targets.queries + chunk - 1) / chunk;
   const int64_t size = packed.block_items(), first = (begin - packed.begin) / size;
   const int64_t blocks = (end - packed.begin + size - 1) / size - first;
   if (chunks == 0 || begin == end) return;

@@ -34,8 +34,8 @@ std::vector<const Kernel*> find() {
   const bool avx2 = fused && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512Int8);
   if (avx512 && has_amx_bfloat16()) found.push_back(&kAmxBfloat16);
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512Int8);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bfloat16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
@@ -50,6 +50,15 @@ std::vector<const Kernel*> find() { return {&kPortable}; }
 
 std::vector<const Kernel*> kernels() {
   static const std::vector<const Kernel*> found = find();
+  return found;
+}
+
+const Kernel* exact_kernel() {
+  static const Kernel* const found = [] {
+    for (const Kernel* k : kernels())
+      if (k->exact) return k;
+    return static_cast<const Kernel*>(nullptr);
+  }();
   return found;
 }
 

@@ -7,7 +7,8 @@
 
 namespace karma {
 
-std::vector<const Kernel*> kernels();          // the fastest of each precision first
+std::vector<const Kernel*> kernels();          // the fastest first
+const Kernel* exact_kernel();                  // null: none here gives defined scores by itself
 const Kernel* kernel_named(const char* name);  // null: none, or not on this machine
 
 }  // namespace karma

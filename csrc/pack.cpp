@@ -92,13 +92,17 @@ int64_t steps_of(const Kernel& kernel, int64_t width) {
   return (units + kernel.multiple - 1) / kernel.multiple * kernel.multiple;
 }
 
+int64_t panel_units_of(const Kernel& kernel, int64_t width) {
+  return (steps_of(kernel, width) + (kernel.precision == Precision::int8)) * kPanel;
+}
+
 Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, int threads)
     : kernel(k),
       begin(first),
       end(last),
       width(rows.width),
       steps(steps_of(k, rows.width)),
-      panel_units((steps + (k.precision == Precision::int8)) * kPanel) {
+      panel_units(panel_units_of(k, rows.width)) {
   block_panels = std::min(kBlockBytes / (panel_units * 4), kBlockItems / kPanel);
   if (!k.exact) block_panels = std::min(block_panels, kBlockRows / (width * 4 * kPanel));
   block_panels = std::max<int64_t>(block_panels, 1);
@@ -159,6 +163,17 @@ Lengths Packed::most() const {
   Lengths found;
   for (const Lengths& b : blocks) widen(found, b);
   return found;
+}
+
+void pack_exact(const Kernel& kernel, const Rows& rows, int64_t first, int64_t last, uint32_t* out) {
+  std::vector<float> copies(rows.storage == Storage::float32 ? 0 : size_t(kPanel * rows.width));
+  const float* row[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i)
+    row[i] = rows.floats(*kernel.basics, std::min(first + i, last - 1),
+                         copies.empty() ? nullptr : &copies[size_t(i * rows.width)]);
+  float* to = reinterpret_cast<float*>(out);
+  for (int64_t d = 0; d < rows.width; ++d)
+    for (int i = 0; i < kPanel; ++i) *to++ = row[i][d];
 }
 
 void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64_t count, int64_t width, uint32_t* out,

@@ -46,7 +46,8 @@ struct Free {
 using Units = std::unique_ptr<uint32_t[], Free>;
 Units allocate(int64_t units);  // aligned to a cache line, not initialised
 
-int64_t steps_of(const Kernel& kernel, int64_t width);  // units of a packed row
+int64_t steps_of(const Kernel& kernel, int64_t width);        // units of a packed row
+int64_t panel_units_of(const Kernel& kernel, int64_t width);  // from one panel to the next
 
 // Rows begin..end of a catalogue in panels, some panels a block: the piece that is compared at once with all queries.
 class Packed {
@@ -68,6 +69,9 @@ class Packed {
   int64_t panels() const { return (end - begin + kPanel - 1) / kPanel; }
   Units units_;
 };
+
+// At most kPanel rows as one panel of a kernel with defined scores.
+void pack_exact(const Kernel& kernel, const Rows& rows, int64_t first, int64_t last, uint32_t* out);
 
 // Up to kernel.group queries for Kernel::scan; `out` takes kernel.group * steps units. count lengths are written.
 void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64_t count, int64_t width, uint32_t* out,

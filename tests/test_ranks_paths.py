@@ -15,7 +15,6 @@ from karma_fast.evaluation import (
     native_ranks,
     paths,
     ranking_metrics,
-    routing,
     target_ranks,
     top_k,
 )
@@ -230,35 +229,29 @@ def test_thread_counts_change_nothing(path):
         assert_same(best, results[0][1])
 
 
-@pytest.mark.parametrize("kind", ["top", "bulk", "mixed"])
-def test_routing_sends_each_query_somewhere_once(kind, monkeypatch):
-    monkeypatch.setattr(routing, "SMALL", 0)
-    monkeypatch.setattr(routing, "PACKING", dict.fromkeys(routing.PACKING, 0.0))
-    items = vectors(4000, 64, 1)
-    queries = vectors(300, 64, 0)
-    targets = np.arange(300)
-    near = {"top": 300, "bulk": 0, "mixed": 150}[kind]
-    queries[:near] = items[:near] + 0.05 * queries[:near]
-    catalogue = Catalogue(items)
-    score = (queries * items[targets]).sum(axis=1)
-    goal = routing.Targets.check(targets, 300, 4000)
-    routes = routing.count_routes(catalogue, queries, score, goal, "auto", 1)
-    assert sorted(np.concatenate([which for _, which in routes])) == list(range(300))
-    if len(PATHS) > 2 and "int8" in paths().values():
-        taken = {paths()[name]: which for name, which in routes}
-        chosen = set(taken.get("int8", []))  # the best of random targets are at the top, too
-        assert set(range(near)) <= chosen and len(chosen) - near <= 0.2 * (300 - near)
-        assert len(taken.get("exact", [])) >= 0.5 * (300 - near)
-    assert numbers(target_ranks(queries, catalogue, targets)) == numbers(target_ranks(queries, items, targets,
-                                                                                      path="torch"))
+@pytest.mark.parametrize("path", PATHS)
+def test_crowded_and_sparse_targets_together(path):
+    """A filter hands groups of queries with many undecided pairs over to the exact path, in several blocks."""
+    items, queries = vectors(30000, 64, 1), vectors(300, 64, 0)
+    queries[150:] = items[150:300] + 0.05 * queries[150:]  # on top; the others lie anywhere
+    items[20000:20300] = items[:300]
+    targets, seen = csr_from_lists([[q, 25000 + q] for q in range(300)]), csr_from_lists([range(9)] * 300)
+    expected = target_ranks(queries, items, targets, seen=seen, path="torch")
+    assert numbers(target_ranks(queries, items, targets, seen=seen, path=path)) == numbers(expected)
+    spans = [(0, 11), (11, 20011), (20011, 30000)]
+    parts = [target_ranks(queries, Catalogue(items), targets, seen=seen, path=path, item_range=s) for s in spans]
+    assert numbers(Ranks.sum(parts)) == numbers(expected)
 
 
-def test_auto_packs_a_second_copy_only_if_it_pays():
-    """A few queries are not worth two packed copies."""
-    items, queries = vectors(3000, 64, 1), vectors(3, 64, 0)
+def test_few_queries_are_not_worth_a_filter():
+    items, queries = vectors(3000, 64, 1), vectors(100, 64, 0)
+    exact = next(name for name, meaning in paths().items() if meaning == "exact" or name == "portable")
+    once = Catalogue.passing(items)
+    assert catalogue_module.count_path(once, 3, "auto") == exact
+    assert catalogue_module.count_path(once, 100, "auto") == PATHS[0]
     catalogue = Catalogue(items)
-    target_ranks(queries, catalogue, [0, 1, 2])
-    assert len(catalogue._packed) == 1
+    target_ranks(queries[:3], catalogue, [0, 1, 2])
+    assert catalogue.holds(PATHS[0]) and len(catalogue._packed) == 1
 
 
 @pytest.mark.parametrize("row", [0, 3000, 4999])

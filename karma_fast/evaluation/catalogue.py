@@ -14,12 +14,14 @@ try:
 except ImportError:  # built without a compiler
     native = None
 
+FEW = 64  # queries that are not worth packing for a filter
+SHALLOW = 1000  # items for each of the k best
 PART_BYTES = 1 << 30  # of packed copies at a time, for a catalogue that is used once
 NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4, "exact": 4}  # bytes of a number in what a path packs
 
 
 def paths() -> dict[str, str]:
-    """What can run here: the name of each path, and what it computes in.
+    """What can run here: the name of each path, and what it computes in, the fastest first.
 
     "exact": float32 in the defined order. Others filter in less, and what their error bound leaves open is decided in
     float32. Results are the same for all.
@@ -56,7 +58,7 @@ class Catalogue:
             raise ValueError(f"items: the catalogue is empty, its shape is {self.rows.array.shape}")
         check_path(path)
         self._packed: dict[str, Any] = {}
-        self._kept = True
+        self.kept = True
         if path not in ("auto", "torch"):
             self.pack(path, threads)
         elif not native or path == "torch":
@@ -80,8 +82,8 @@ class Catalogue:
 
     def parts(self, path: str, begin: int, end: int, threads: int) -> Iterator[Any]:
         """Packed copies that together hold items begin..end; all of it in one if it is kept."""
-        size = len(self) if self._kept else max(1024, PART_BYTES // (self.rows.width * NUMBER_BYTES[paths()[path]]))
-        if self._kept or (begin == 0 and end == len(self) and end <= size):
+        size = len(self) if self.kept else max(1024, PART_BYTES // (self.rows.width * NUMBER_BYTES[paths()[path]]))
+        if self.kept or (begin == 0 and end == len(self) and end <= size):
             yield self.pack(path, threads)
             return
         for start in range(begin, end, size):
@@ -91,12 +93,30 @@ class Catalogue:
     def passing(cls, items: Any) -> Catalogue:
         """For vectors that were given to one call: a large catalogue is packed part by part and forgotten."""
         out = cls(items)
-        out._kept = False
+        out.kept = False
         return out
 
 
 def pack(rows: Rows, path: str, begin: int, end: int, threads: int) -> Any:
     return native.Items(rows.array, rows.storage, path, begin, end, thread_count(threads))
+
+
+def count_path(catalogue: Catalogue, queries: int, path: str) -> str:
+    """The fastest path; for few queries and a catalogue that is used once, one whose packing is quick."""
+    known = paths()
+    if path != "auto":
+        return path
+    exact = (name for name, meaning in known.items() if meaning == "exact" and queries < FEW and not catalogue.kept)
+    return next(exact, next(iter(known)))
+
+
+def top_k_path(catalogue: Catalogue, k: int, path: str) -> str:
+    """A filter pays once the catalogue is large against k: until then most of the time goes into the candidates."""
+    known = paths()
+    if path != "auto":
+        return path
+    exact = (name for name, meaning in known.items() if meaning == "exact" and len(catalogue) < SHALLOW * k)
+    return next(exact, next(iter(known)))
 
 
 def check_path(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Ranks and the k best items by the C++ extension: what is packed, which path each query takes, step by step."""
+"""Ranks and the k best items by the C++ extension, step by step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .catalogue import Catalogue, native, thread_count
+from .catalogue import Catalogue, count_path, native, thread_count, top_k_path
 from .counting import Targets, within
 from .csr import Csr, csr_rows
-from .routing import count_routes, top_k_path
 from .scores import check_overflow, norms
 
 STEP = 100 * 10**9  # products a thread between two looks at the progress bar, at Ctrl-C and at who is done: 1 to 2 s
@@ -68,15 +67,17 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
     most = None
     if largest_k is not None:  # seen items are counted first and taken off at the end
         most = largest_k + (0 if listed is None else np.diff(listed[0])[counts.query])
-    routes = count_routes(catalogue, queries, counts.score, targets, path, counts.threads)
-    for route, which in routes:
-        for packed in catalogue.parts(route, begin, end, threads):
-            for start, stop in steps(packed, begin, end, len(which) * queries.shape[1], counts.threads, most is None):
-                counts.add(packed, which, start, stop)
-                bar.update((stop - start) * len(which) / max(1, len(queries)))
-                if most is not None:
-                    open_targets = counts.greater < most
-                    which = which[np.maximum.reduceat(open_targets, targets.starts[:-1])[which]]
+    still = np.arange(len(queries))  # whose counts go on
+    for packed in catalogue.parts(count_path(catalogue, len(queries), path), begin, end, threads):
+        for start, stop in steps(packed, begin, end, len(still) * queries.shape[1], counts.threads, most is None):
+            counts.add(packed, still, start, stop)
+            bar.update(stop - start)
+            if most is not None:
+                still = still[np.maximum.reduceat(counts.greater < most, targets.starts[:-1])[still]]
+            if not len(still):
+                break
+        if not len(still):
+            break
     candidates = np.full(len(counts.score), end - begin, np.int64)
     if listed is not None:
         counts.leave_out(listed)
@@ -104,8 +105,7 @@ def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | No
     listed = left_out(seen, none, len(catalogue))
     # so many queries at a time that Ctrl-C is heard
     size = max(256, STEP * team // (len(catalogue) * queries.shape[1]))
-    route = top_k_path(catalogue, k, path)
-    for packed in catalogue.parts(route, 0, len(catalogue), threads):
+    for packed in catalogue.parts(top_k_path(catalogue, k, path), 0, len(catalogue), threads):
         check_overflow(longest(queries) * packed.longest)
         for start in range(0, len(queries), size):
             part = slice(start, start + size)

@@ -107,6 +107,7 @@ class Items {
     const bool fits = scores.ndim() == 2 && items.ndim() == 2 && scores.shape(0) == queries.shape(0) &&
                       items.shape(0) == scores.shape(0) && items.shape(1) == scores.shape(1) && scores.shape(1) >= 1;
     if (!fits) refuse("scores and items: (queries, k) is needed");
+    if (packed_->end - packed_->begin > 0xffffffff) refuse("items: more than 2^32 at a time; give them in parts");
     const karma::Best best{queries.shape(0), scores.shape(1), scores.mutable_data(), items.mutable_data()};
     Array<int64_t> first, listed;
     if (!left_out.is_none()) {

@@ -5,10 +5,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+WITHOUT = """
+karma_fast: the C++ extension was NOT built ({reason}).
+karma_fast: everything works without it, but ranking over large catalogues takes many times longer. To have it, install
+karma_fast: a C++17 compiler (on Debian and Ubuntu: apt install g++ python3-dev) and install karma-fast again.
+"""
+
 try:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-except ImportError:  # a build without isolation on a machine without pybind11
+except ImportError:  # a build without isolation
     extensions = []
+    print(WITHOUT.format(reason="pybind11 is not installed"))
 else:
     ParallelCompile().install()
     # no contraction: what is one rounding and what are two is written in the code
@@ -16,14 +23,7 @@ else:
                                     depends=sorted(str(path) for path in Path("csrc").glob("*.h")), cxx_std=17,
                                     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"])]
 
-WITHOUT = """
-karma_fast: the C++ extension was NOT built ({reason}).
-karma_fast: everything works without it, but ranking over large catalogues takes many times longer. To have it, install
-karma_fast: a C++17 compiler (on Debian and Ubuntu: apt install g++ python3-dev) and install karma-fast again.
-"""
-
-
-class Optional(build_ext):
+class BuildIfPossible(build_ext):
     """Leaves the extension out, with a warning, where there is no compiler for it."""
 
     def run(self) -> None:
@@ -45,4 +45,4 @@ class Optional(build_ext):
 
 # kernels/ is a folder, not a package: one that imported as `kernels` would shadow the package of that name
 setup(packages=find_packages(include=["karma_fast", "karma_fast.*"]) + find_packages("kernels"),
-      package_dir={"karma_kernels": "kernels/karma_kernels"}, ext_modules=extensions, cmdclass={"build_ext": Optional})
+      package_dir={"karma_kernels": "kernels/karma_kernels"}, ext_modules=extensions, cmdclass={"build_ext": BuildIfPossible})

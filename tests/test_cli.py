@@ -15,6 +15,7 @@ import yaml
 from karma_fast import __version__
 from karma_fast.cli import build_parser, explain, main, split_settings
 from karma_fast.config import ConfigError
+from karma_fast.evaluation import paths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,6 +124,15 @@ def test_doctor(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["packages"]["torch"] and found["cores"] >= 1
     assert "smollm2-135m-instruct" in found["backbones"]
+    assert found["ranking"] == list(paths())
+
+
+def test_doctor_says_how_ranking_runs():
+    from karma_fast.commands.doctor import examine, to_text
+
+    found = examine()
+    assert "ranking   in C++: avx2, portable" in to_text(found | {"ranking": ["avx2", "portable"]})
+    assert "was not built; install a C++17 compiler" in to_text(found | {"ranking": []})
 
 
 def test_doctor_without_a_needed_package(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The packaging files agree with each other and with the code."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -85,6 +86,43 @@ def test_make_setup_refuses_an_old_python(tmp_path):
         done = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, text=True, capture_output=True)
         assert done.returncode != 0 and said in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_without_a_compiler_the_extension_is_left_out(tmp_path):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("karma_fast", "kernels/karma_kernels", "csrc"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "karma_fast" / "__init__.py").write_text('__version__ = "0"', encoding="utf-8")
+    (tmp_path / "csrc" / "module.cpp").write_text("not C++", encoding="utf-8")
+    environment = {**os.environ, "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, text=True,
+                          capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "C++ extension was NOT built" in done.stdout and "apt install g++" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_ranking_without_the_extension():
+    code = """
+import sys
+sys.modules["karma_fast._C"] = None
+import numpy as np
+from karma_fast.evaluation import Catalogue, paths, target_ranks, top_k
+assert paths() == {}
+items = np.eye(4, dtype=np.float32)
+queries = np.array([[0.1, 0.9, 0.2, 0.2]], np.float32)
+for catalogue in (items, Catalogue(items)):
+    print(target_ranks(queries, catalogue, [2], seen=([0, 1], [1])).expected, top_k(queries, catalogue, 2)[1])
+try:
+    target_ranks(queries, items, [2], path="avx2")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
+                          env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""})
+    assert done.stdout.splitlines() == ["[0.5] [[1 2]]"] * 2 + [
+        "path: got 'avx2'; this machine has auto, torch (the C++ extension was not built, see `karma-fast doctor`)"]
 
 
 BENCHMARK = """

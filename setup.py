@@ -23,6 +23,7 @@ else:
                                     depends=sorted(str(path) for path in Path("csrc").glob("*.h")), cxx_std=17,
                                     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"])]
 
+
 class BuildIfPossible(build_ext):
     """Leaves the extension out, with a warning, where there is no compiler for it."""
 
@@ -45,4 +46,5 @@ class BuildIfPossible(build_ext):
 
 # kernels/ is a folder, not a package: one that imported as `kernels` would shadow the package of that name
 setup(packages=find_packages(include=["karma_fast", "karma_fast.*"]) + find_packages("kernels"),
-      package_dir={"karma_kernels": "kernels/karma_kernels"}, ext_modules=extensions, cmdclass={"build_ext": BuildIfPossible})
+      package_dir={"karma_kernels": "kernels/karma_kernels"}, ext_modules=extensions,
+      cmdclass={"build_ext": BuildIfPossible})

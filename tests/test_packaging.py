@@ -114,6 +114,14 @@ items = np.eye(4, dtype=np.float32)
 queries = np.array([[0.1, 0.9, 0.2, 0.2]], np.float32)
 for catalogue in (items, Catalogue(items)):
     print(target_ranks(queries, catalogue, [2], seen=([0, 1], [1])).expected, top_k(queries, catalogue, 2)[1])
+from karma_fast.evaluation import ranks
+import warnings
+ranks.LONG = 10
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    target_ranks(queries, items, [2]), top_k(queries, items, 2), target_ranks(queries, items, [2], path="torch")
+assert [str(w.message)[:31] for w in caught] == ["the C++ extension was not built"] * 2
+assert all(w.filename == "<string>" for w in caught)
 try:
     target_ranks(queries, items, [2], path="avx2")
 except ValueError as error:

@@ -7,6 +7,7 @@ target never counts itself, and copies of an item always tie.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .csr import Csr, check_csr
 from .rows import DTYPES, Rows, check_finite, check_widths
 
 ITEM_PANEL = 8192  # of given scores, looked at together
+LONG = 20 * 10**9  # products, about a second by torch
 
 
 @dataclass
@@ -136,6 +138,7 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
         elif native and path != "torch":
             counts = native_ranks.count(users, catalogue, goal, seen, span, largest_k, path, threads, bar)
         else:
+            warn_of_torch(path, len(users) * len(catalogue) * users.shape[1])
             counts = torch_ranks.count(users, catalogue.rows.float32(), goal, seen, span, threads)
         bar.finish()
     return limited_to(largest_k, *counts, goal.indptr)
@@ -173,6 +176,7 @@ def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads:
     thread_count(threads)
     if native and path != "torch":
         return native_ranks.best_items(users, catalogue, int(k), seen, path, threads)
+    warn_of_torch(path, len(users) * len(catalogue) * users.shape[1])
     return torch_ranks.best_items(users, catalogue.rows.float32(), int(k), seen, threads)
 
 
@@ -187,6 +191,14 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
     if path == "torch":
         check_finite("items", rows)
     return users.float32(), catalogue
+
+
+def warn_of_torch(path: str, products: int) -> None:
+    """pip shows nothing of a build that left the extension out, so this is where one learns of it."""
+    if path == "auto" and products > LONG:
+        warnings.warn("the C++ extension was not built, so torch ranks, which takes many times longer; install a C++17 "
+                      "compiler (on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again",
+                      stacklevel=3)
 
 
 def check_tensors(queries: torch.Tensor, items: torch.Tensor) -> None:

@@ -1,9 +1,12 @@
-"""The backends of info_nce against float64, with every combination of flags: ``python -m benchmarks.check``.
+"""The kernels against what they must compute: ``python -m benchmarks.check``.
 
-Each check draws new inputs. It compares the losses and all gradients with the dense float64 computation; an error may
-be twice that of the same dense computation in the dtype of the inputs, plus rounding. Memory that is allocated but
-not yet written holds NaN during this, so that whatever was left unwritten shows. Then it runs twice more on ordinary
-memory and expects the same bits.
+A quarter of the time is for counting ranks, whose scores must be equal to the last bit, see ``check_ranks.py``. The
+rest is for the backends of info_nce against float64, with every combination of flags: a check compares the losses and
+all gradients with the dense float64 computation; an error may be twice that of the same dense computation in the dtype
+of the inputs, plus rounding. Then it runs twice more and expects the same bits.
+
+Each check draws new inputs. Memory that is allocated but not yet written holds NaN during the first run, so that
+whatever was left unwritten shows; the others run on ordinary memory.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import check_ranks
 from .implementations import dense_loss, probe_karma
 
 FLAGS = ("labels", "ids", "log_q", "symmetric", "normalize")
@@ -32,6 +36,7 @@ SHAPES = ((1, 1, 16), (5, 3, 8), (33, 47, 64), (127, 300, 65), (64, 64, 128), (2
 REDUCTIONS = ("none", "mean", "sum")
 WORKSPACES = (1 << 16, 1 << 20, 64 << 20)  # bytes; the small ones make many pieces of these small shapes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RANKS_SHARE = 0.25  # of the time
 
 
 @dataclass
@@ -135,51 +140,101 @@ def combinations(rounds: int) -> Iterator[tuple[tuple[int, int, int], torch.dtyp
             yield SHAPES[(number * 7 + at * 3) % len(SHAPES)], dtype, flags
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=600.0, help="stop then, and say what was not reached")
-    parser.add_argument("--rounds", type=int, default=len(SHAPES), help="shapes for each dtype and set of flags")
-    parser.add_argument("--seed", type=int, help="of the first check; default random")
-    args = parser.parse_args(arguments)
-    from karma_kernels import info_nce
+def check_counts(problem: check_ranks.Problem, device: str, workspace: int) -> tuple[float, str]:
+    """(0 or infinity, what failed or ""), on poisoned memory; then again on ordinary memory."""
+    expected = check_ranks.truth(problem)
+    with poisoned_memory():
+        failure = check_ranks.check(problem, expected, device, workspace)
+    failure = failure or check_ranks.check(problem, expected, device, workspace)
+    return (math.inf if failure else 0.0), failure
 
+
+@dataclass
+class Tally:
+    """What was checked, (backend, dtype) by (backend, dtype), and what failed."""
+
+    found: dict[tuple[str, torch.dtype], list[float]]  # error over what is allowed
+    failures: list[tuple[str, torch.dtype, str]]
+
+    def add(self, backend: str, dtype: torch.dtype, what: str, call: Callable[[], tuple[float, str]]) -> None:
+        try:
+            worst, failure = call()
+        except Exception as error:
+            worst, failure = math.inf, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        self.found[backend, dtype].append(worst)
+        if failure:
+            self.failures.append((backend, dtype, f"{what}: {failure}"))
+
+    def show(self) -> None:
+        for backend, dtype, text in self.failures[:20]:
+            print("FAIL", backend, dtype, text)
+        print(f"{'backend':<10} {'dtype':<9} {'checks':>6} {'error / allowed':>16}")
+        failed = {(backend, dtype) for backend, dtype, _ in self.failures}
+        for (backend, dtype), worst in self.found.items():
+            verdict = "FAIL" if (backend, dtype) in failed else "PASS"
+            print(f"{backend:<10} {str(dtype)[6:]:<9} {len(worst):>6} {max(worst):>16.3g}  {verdict}")
+
+
+def ranks_all(tally: Tally, device: str, rounds: int, seed: int, end: float) -> str:
+    """Counting ranks, with any error at all too much; the row of a check is that of the items' dtype."""
+    todo, done = list(check_ranks.combinations(rounds, check_ranks.shapes_for(device))), 0
+    for number, (shape, dtypes, kind) in enumerate(todo):
+        if done and time.monotonic() > end:
+            break
+        workspace = random.Random(seed + number).choice(check_ranks.WORKSPACES)
+
+        problem = check_ranks.draw(shape, dtypes, kind, seed + number)
+        names = " and ".join(str(dtype)[6:] for dtype in dtypes)
+        tally.add("ranks", dtypes[1], f"{shape} {names}, {kind}, workspace {workspace} seed {seed + number}",
+                  functools.partial(check_counts, problem, device, workspace))
+        done += 1
+    return f"ranks {done} of {len(todo)}"
+
+
+def losses_all(tally: Tally, device: str, rounds: int, seed: int, end: float) -> str:
+    """Every backend of info_nce that there is."""
     backends = []
     for backend in ("fused", "chunked", "auto"):
         try:
-            probe_karma(args.device, backend)
+            probe_karma(device, backend)
             backends.append(backend)
         except (RuntimeError, ValueError) as error:
             print(f"{backend}: not on this machine ({error})")
-    seed = random.randrange(10**6) if args.seed is None else args.seed
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    failures, end, done = [], time.monotonic() + args.seconds, 0
-    todo = list(combinations(args.rounds))
+    from karma_kernels import info_nce
+
+    todo, done = list(combinations(rounds)), 0
     for number, (shape, dtype, flags) in enumerate(todo):
-        if time.monotonic() > end:
+        if done and time.monotonic() > end:
             break
-        problem = draw(shape, dtype, flags, seed + number, args.device)
+        problem = draw(shape, dtype, flags, seed + number, device)
         for backend in backends:
             workspace = random.Random(seed + number).choice(WORKSPACES)
             loss = functools.partial(info_nce, backend=backend, workspace_bytes=workspace)
-            try:
-                worst, failure = check(problem, loss)
-            except Exception as error:
-                worst, failure = math.inf, f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            found[backend, dtype].append(worst)
-            if failure:
-                failures.append((backend, dtype, f"{shape} {sorted(flags)} {problem.reduction} workspace {workspace} "
-                                 f"seed {seed + number}: {failure}"))
+            tally.add(backend, dtype, f"{shape} {sorted(flags)} {problem.reduction} workspace {workspace} "
+                      f"seed {seed + number}", functools.partial(check, problem, loss))
         done += 1
-    for backend, dtype, text in failures[:20]:
-        print("FAIL", backend, dtype, text)
-    print(f"{args.device}, seed {seed}: {done} of {len(todo)} inputs, {len(failures)} failures")
-    print(f"{'backend':<10} {'dtype':<9} {'checks':>6} {'error / allowed':>16}")
-    failed = {(backend, dtype) for backend, dtype, _ in failures}
-    for (backend, dtype), worst in found.items():
-        verdict = "FAIL" if (backend, dtype) in failed else "PASS"
-        print(f"{backend:<10} {str(dtype)[6:]:<9} {len(worst):>6} {max(worst):>16.3g}  {verdict}")
-    return 1 if failures or not found else 0
+    return f"info_nce {done} of {len(todo)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=600.0,
+                        help="stop then, after one of each at least, and say what was not reached")
+    parser.add_argument("--rounds", type=int, default=len(SHAPES),
+                        help="shapes for each dtype and set of flags, or kind of ranks")
+    parser.add_argument("--seed", type=int, help="of the first check; default random")
+    args = parser.parse_args(arguments)
+    start = time.monotonic()
+    seed = random.randrange(10**6) if args.seed is None else args.seed
+    tally = Tally(defaultdict(list), [])
+    try:
+        done = [ranks_all(tally, args.device, args.rounds, seed, start + RANKS_SHARE * args.seconds),
+                losses_all(tally, args.device, args.rounds, seed, start + args.seconds)]
+        print(f"{args.device}, seed {seed}: inputs of {', '.join(done)}; {len(tally.failures)} failures")
+    finally:  # a lost GPU must not take with it what was found
+        tally.show()
+    return 1 if tally.failures else 0
 
 
 if __name__ == "__main__":

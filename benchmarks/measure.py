@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
 import re
 import statistics
 import time
@@ -105,20 +106,36 @@ def event() -> torch.cuda.Event:
     return out
 
 
-def time_gpu(loss: Loss, inputs: Inputs, seconds: float, least: int = 5, most: int = 100) -> Times:
-    """With events on the stream and a flushed L2 cache, as triton.testing.do_bench does; one implementation at a time,
-    so that the allocator has its blocks ready. Expects it to have run before."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=inputs.query.device)
-    _, (a, _, c) = step(loss, inputs, event)
+def on_gpu(marked: Callable[[], list[torch.cuda.Event]], device: torch.device | str, seconds: float, least: int = 5,
+           most: int = 100) -> list[list[float]]:
+    """Milliseconds between the events that each call returns, with a flushed L2 cache, as triton.testing.do_bench
+    does; one implementation at a time, so that the allocator has its blocks ready. Expects it to have run before."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    marks = marked()
     torch.cuda.synchronize()
-    once = 1e-3 * a.elapsed_time(c)
+    once = 1e-3 * marks[0].elapsed_time(marks[-1])
     found = []
     for _ in range(repeats_in(seconds, once, least if once < 1 else 3, most)):
-        inputs.query.grad = inputs.key.grad = None
         flush.zero_()
-        found.append(step(loss, inputs, event)[1])
+        found.append(marked())
     torch.cuda.synchronize()
-    return Times.of([(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in found])
+    return [[a.elapsed_time(b) for a, b in itertools.pairwise(marks)] for marks in found]
+
+
+def time_gpu(loss: Loss, inputs: Inputs, seconds: float) -> Times:
+    """Forward and backward."""
+    return Times.of([tuple(pair) for pair in on_gpu(lambda: step(loss, inputs, event)[1], inputs.query.device,
+                                                    seconds)])
+
+
+def time_call_gpu(call: Callable[[], object], device: torch.device | str, seconds: float) -> list[float]:
+    """Milliseconds of each call, the work on the host that the device waits for included."""
+    def marked() -> list[torch.cuda.Event]:
+        before = event()
+        call()
+        return [before, event()]
+
+    return [found[0] for found in on_gpu(marked, device, seconds)]
 
 
 def peak_memory(loss: Loss, inputs: Inputs) -> int:
@@ -132,12 +149,8 @@ def peak_memory(loss: Loss, inputs: Inputs) -> int:
     inputs.query.grad = inputs.key.grad = None
     gc.collect()
     if inputs.query.is_cuda:
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(loss, inputs)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_of_gpu(lambda: step(loss, inputs))[1] - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(loss, inputs)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -146,6 +159,15 @@ def peak_memory(loss: Loss, inputs: Inputs) -> int:
         held += e.nbytes()
         most = max(most, held)
     return most
+
+
+def peak_of_gpu(call: Callable[[], object]) -> tuple[object, int]:
+    """What the call returns and the most bytes that torch's allocator held on the GPU meanwhile."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    torch.cuda.synchronize()
+    return out, torch.cuda.max_memory_allocated()
 
 
 def memory_of_process(field: str = "VmRSS") -> int | None:

@@ -40,10 +40,10 @@ def series(results: dict) -> tuple[tuple[int, str], dict[str, list[tuple[int, fl
 
 
 def ranking_series(results: dict) -> dict[int, Lines]:
-    """{width: {implementation: [(items, milliseconds a query)]}} of the trained cases."""
+    """{width: {implementation: [(items, milliseconds a query)]}} of the trained cases in float32, seen left out."""
     widths: dict[int, Lines] = defaultdict(lambda: defaultdict(list))
     for r in compared(results["records"]):
-        if r["kind"] == "trained":
+        if r["kind"] == "trained" and r.get("dtype", "float32") == "float32" and r.get("seen", True):
             widths[r["width"]][r["implementation"]].append((r["items"], time_of(r) / r["queries"]))
     return {width: {name: sorted(points) for name, points in widths[width].items()} for width in sorted(widths)}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 
@@ -21,7 +20,7 @@ from .cases import Case, Inputs, cases_for, make_inputs
 from .exact import Exact, errors, exact, too_far
 from .implementations import IMPLEMENTATIONS, Implementation, absent
 from .machine import describe, file_name
-from .session import DeviceLost, Run, add_arguments, chosen, command_of, reason_of, run_all, tidy
+from .session import Run, add_arguments, chosen, command_of, reason_of, run_to_the_end, tidy
 from .tables import short_table
 
 SECONDS = {"cpu": 10.0, "cuda": 0.4}  # of timing: on a CPU a case, on a GPU an implementation
@@ -107,25 +106,17 @@ def names_of(case: Case) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     add_arguments(parser, "queries x keys x width, dtype, flags: 8192x8192x768-bf16-ids-log_q", "<device>", 3600.0)
     args = parser.parse_args(arguments)
     cases = chosen(args.cases, cases_for(args.device), Case.parse,
                    lambda case: not args.quick or case.rows * case.keys <= 1 << 20)
     out = args.out or RESULTS / file_name(describe(args.device)["name"])
-    command = command_of("benchmarks.run", args, "--device", args.device)
-    run = Run("info_nce", out, args.device, args.budget, command, args.quick)
+    run = Run("info_nce", out, args.device, args.budget, command_of("benchmarks.run", args), args.quick)
     if args.resume and out.exists():
         run.resume()
     if run.results["copy_bytes_per_second"] is None:
         run.results["copy_bytes_per_second"] = measure.copy_bandwidth(run.device, 1 << 22 if run.quick else None)
-    try:
-        run_all(run, cases, names_of, run_case)
-    except DeviceLost:  # the culprit is recorded; only a new process can go on
-        run.save()
-        left = str(max(0.0, run.end - time.monotonic()))
-        again = [sys.executable, "-m", "benchmarks.run", *arguments, "--resume", "--budget", left]
-        os.execv(sys.executable, again)
+    run_to_the_end(run, "benchmarks.run", arguments, cases, names_of, run_case)
     print(short_table(run.results))
     print(f"written: {out}")
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import gc
 import json
+import os
 import shlex
 import sys
 import time
@@ -110,6 +111,18 @@ def run_all(run: Run, cases: Sequence[NamedCase], names: Callable[[NamedCase], S
     run.save()
 
 
+def run_to_the_end(run: Run, module: str, arguments: Sequence[str], cases: Sequence[NamedCase],
+                   names: Callable[[NamedCase], Sequence[str]], run_case: Callable[[Run, NamedCase], object]) -> None:
+    """All cases; if the GPU is lost, the rest in a new process of ``module``, which takes the place of this one."""
+    try:
+        run_all(run, cases, names, run_case)
+    except DeviceLost:  # the culprit is recorded; only a new process can go on
+        run.save()
+        left = str(max(0.0, run.end - time.monotonic()))
+        again = [sys.executable, "-m", module, *arguments, "--resume", "--budget", left]
+        os.execv(sys.executable, again)
+
+
 def chosen(names: list[str] | None, cases: Sequence[NamedCase], parse: Callable[[str], NamedCase],
            small: Callable[[NamedCase], bool]) -> list:
     """Those asked for, else all or, for a quick run, the ``small`` ones."""
@@ -123,6 +136,7 @@ def chosen(names: list[str] | None, cases: Sequence[NamedCase], parse: Callable[
 
 
 def add_arguments(parser: argparse.ArgumentParser, cases: str, out: str, budget: float) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help=f"results file; default benchmarks/results/{out}.json")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"{cases}; default all")
     parser.add_argument("--quick", action="store_true", help="small cases only, few repeats; to see that it runs")
@@ -131,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser, cases: str, out: str, budget:
     parser.add_argument("--resume", action="store_true", help="keep what the results file has and do the rest")
 
 
-def command_of(module: str, args: argparse.Namespace, *more: str) -> str:
+def command_of(module: str, args: argparse.Namespace) -> str:
     """What to type to measure the same again; where the file lay is nobody's business."""
-    words = ["python", "-m", module, *more]
+    words = ["python", "-m", module, "--device", args.device]
     words += (["--cases", *args.cases] if args.cases else []) + ["--quick"] * args.quick
     return shlex.join([*words, "--budget", f"{args.budget:g}"])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, measure, plot, run, tables
+from benchmarks import check, check_ranks, measure, plot, run, session, tables
 from benchmarks.cases import Case, cpu_cases, gpu_cases, make_inputs, tiny_cases
 from benchmarks.exact import errors, exact, too_far
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation, absent, dense, dense_loss
@@ -18,6 +19,7 @@ from benchmarks.machine import file_name
 from benchmarks.ranking import cases as ranking
 from benchmarks.ranking.implementations import IMPLEMENTATIONS as rankers
 from karma_kernels import info_nce
+from karma_kernels.ranks import count_ranks
 
 ROOT = Path(__file__).parents[1]
 CASE = Case(12, 20, 8, "float32")
@@ -179,7 +181,7 @@ def test_inputs_that_do_not_fit_are_recorded(tmp_path, monkeypatch):
 def test_a_lost_gpu_is_left_behind_in_a_new_process(tmp_path, monkeypatch):
     def lost(device):
         if sys.exc_info()[0] is not None:
-            raise run.DeviceLost
+            raise session.DeviceLost
 
     class Replaced(Exception):
         """os.execv does not come back."""
@@ -188,7 +190,7 @@ def test_a_lost_gpu_is_left_behind_in_a_new_process(tmp_path, monkeypatch):
         raise Replaced(arguments)
 
     monkeypatch.setattr(run, "tidy", lost)
-    monkeypatch.setattr(run.os, "execv", execv)
+    monkeypatch.setattr(session.os, "execv", execv)
     path = tmp_path / "cpu.json"
     with pytest.raises(Replaced) as caught:
         run_tiny(path, monkeypatch, "--budget", "100")
@@ -329,6 +331,94 @@ def test_check_covers_every_combination():
     assert {shape for shape, _, _ in check.combinations(1)} == set(check.SHAPES)
 
 
+def counting(kind="plain", shape=(33, 300, 64), dtypes=check_ranks.DTYPES[0]):
+    return check_ranks.draw(shape, dtypes, kind, 0)
+
+
+@pytest.mark.parametrize("kind", check_ranks.KINDS)
+def test_check_of_ranks_passes_what_is_right(kind):
+    for dtypes in check_ranks.DTYPES:
+        problem = counting(kind, dtypes=dtypes)
+        assert len(problem.queries) < len(problem.chosen) < 3 * len(problem.queries)
+        pairs = problem.rows * 300 + problem.chosen
+        assert pairs.unique().numel() == len(pairs) and problem.rows.unique().numel() == 33
+        assert check.check_counts(problem, "cpu", 1 << 20) == (0.0, "")
+
+
+def test_truth_of_many_scores_is_that_of_the_definition(monkeypatch):
+    for kind in ("copies", "last bits"):
+        problem = counting(kind, (9, 80, 32), check_ranks.DTYPES[3])
+        whole = check_ranks.truth(problem)
+        assert whole.level.max() > 1 and len(whole.judged) == len(problem.chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr(check_ranks, "SMALL", 0)
+            counted = check_ranks.truth(problem)
+            patch.setattr("karma_fast.evaluation.paths", lambda: ())  # as without the C++ extension
+            patch.setattr(check_ranks, "SAMPLED", 7 * 80 * 32)
+            some = check_ranks.truth(problem)
+        assert len(some.judged) == 7
+        for other in (counted, some):
+            assert torch.equal(other.scores, whole.scores)
+            assert torch.equal(other.above, whole.above[other.judged])
+            assert torch.equal(other.level, whole.level[other.judged])
+
+
+def two_roundings(queries, items, rows, chosen):
+    return (queries[rows] * items[chosen]).sum(1)
+
+
+def forgetful(queries, items, rows, scores, **options):  # the last item is left out
+    return count_ranks(queries, items[:-1], rows, scores)
+
+
+def unwritten_counts(queries, items, rows, scores, **options):
+    rest = torch.empty(len(scores), dtype=torch.int64)
+    return tuple(x + (rest == torch.iinfo(torch.int64).max) for x in count_ranks(queries, items, rows, scores))
+
+
+@pytest.mark.parametrize("name,function,expected", [
+    ("pair_scores", two_roundings, "scores are not those of the definition"),
+    ("count_ranks", forgetful, "counts of items level differ"),
+    ("count_ranks", unwritten_counts, "counts of items above differ")])
+def test_check_of_ranks_finds_what_is_wrong(name, function, expected, monkeypatch):
+    problem = counting("alike" if function is forgetful else "plain")
+    monkeypatch.setattr(f"karma_kernels.ranks.{name}", function)
+    assert expected in check.check_counts(problem, "cpu", 1 << 20)[1]
+
+
+def test_check_of_ranks_covers_every_combination():
+    cases = list(check_ranks.combinations(len(check_ranks.SHAPES), check_ranks.SHAPES))
+    kinds = {(dtypes, kind) for _, dtypes, kind in cases}
+    assert len(kinds) == len(check_ranks.DTYPES) * len(check_ranks.KINDS)
+    assert {(shape, kind) for shape, _, kind in cases if kind == "plain"} == \
+        {(shape, "plain") for shape in check_ranks.SHAPES}
+    assert {dtypes for _, dtypes, _ in cases[:8]} == set(check_ranks.DTYPES)
+    small = check_ranks.shapes_for("cpu")
+    assert 0 < len(small) < len(check_ranks.SHAPES)
+    assert {shape for shape, _, kind in cases if kind == "tiny"} <= set(small)
+
+
+def test_check_says_what_passed(monkeypatch, capsys):
+    monkeypatch.setattr(check_ranks, "SHAPES", ((5, 40, 33), (1, 1, 1)))
+    monkeypatch.setattr(check, "SHAPES", ((5, 3, 8),))
+    monkeypatch.setattr(check, "FLAGS", ("labels", "ids"))
+    arguments = ["--device", "cpu", "--rounds", "1", "--seed", "0"]
+    assert check.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "cpu, seed 0: inputs of ranks 28 of 28, info_nce 12 of 12; 0 failures" in lines
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines}
+    assert rows["ranks", "float32"] == ["7", "0", "PASS"] and rows["ranks", "bfloat16"] == ["14", "0", "PASS"]
+    assert rows["auto", "float16"][-1] == "PASS"
+    monkeypatch.setattr("karma_kernels.ranks.count_ranks", forgetful)
+    assert check.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("FAIL ranks torch.float32 (5, 40, 33) float32 and float32, ") for line in lines)
+    assert any(line.split() == ["ranks", "float32", "7", "inf", "FAIL"] for line in lines)
+    monkeypatch.undo()
+    assert check.main([*arguments, "--seconds", "0"]) == 0
+    assert "inputs of ranks 1 of 28, info_nce 1 of 96; 0 failures" in capsys.readouterr().out
+
+
 def test_file_name():
     assert file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
 
@@ -356,5 +446,21 @@ def test_pytest_runs_benchmarks_only_when_asked(monkeypatch):
     assert all(item.get_closest_marker("skip") for item in not_asked.items)
 
 
-def test_gpu_script_is_valid_shell():
-    subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], check=True)
+@pytest.mark.parametrize("failing,status", [("none", 0), ("check", 3), ("ranking", 3)])
+def test_gpu_script(failing, status, tmp_path):
+    """One after the other with their shares of the time, whatever fails; Python stands in for itself."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$2" in benchmarks.{failing}) exit 3;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), f"{tmp_path}/a b/gpu.json", "1000"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr == "" and ("FAILED" in done.stdout) == (failing == "check")
+    started = [line for line in log.read_text().splitlines() if line.startswith("-m")]
+    found = [line.rsplit(" ", 1) for line in started]
+    assert [words for words, _ in found] == [
+        "-m benchmarks.check --seconds", f"-m benchmarks.run --out {tmp_path}/a b/gpu.json --budget",
+        f"-m benchmarks.ranking --out {tmp_path}/a b/ranking-gpu.json --budget"]
+    for (_, given), share in zip(found, (200, 700, 1000), strict=True):
+        assert share - 60 < int(given) <= share
+    subprocess.run(command[:2] + ["", "0"], env=os.environ | {"PYTHON": str(python)}, check=status == 0)
+    assert log.read_text().splitlines()[-1] == "-m benchmarks.ranking --budget 0"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, plot, tables
+from benchmarks import measure, plot, session, tables
 from benchmarks.ranking import __main__ as main
 from benchmarks.ranking import exact as exactness
 from benchmarks.ranking import tables as ranking_tables
-from benchmarks.ranking.cases import KS, SEEN, Case, cpu_cases, make_inputs
+from benchmarks.ranking.cases import KS, SEEN, Case, cpu_cases, gpu_cases, make_inputs
 from benchmarks.ranking.exact import Found, compare, exact, is_wrong
+from benchmarks.ranking.gpu import GPU_IMPLEMENTATIONS
 from benchmarks.ranking.implementations import (
     IMPLEMENTATIONS,
     Implementation,
@@ -46,11 +47,13 @@ def counted(inputs, **changes):
 
 
 def test_case_names():
-    cases = cpu_cases()
-    assert len({case.name for case in cases}) == len(cases)
-    for case in cases:
-        assert Case.parse(case.name) == case
-    for bad in ("8x800-trained", "8x800x8", "8x800x8-fp32", "8x50x8-trained", "0x800x8-trained"):
+    for cases in (cpu_cases(), gpu_cases()):
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            assert Case.parse(case.name) == case
+    assert Case(8, 800, 8, "untrained", "float16", False).name == "8x800x8-untrained-fp16-all"
+    for bad in ("8x800-trained", "8x800x8", "8x800x8-fp32", "8x50x8-trained", "0x800x8-trained",
+                "8x800x8-trained-fp32", "8x800x8-trained-all-bf16", "8x800x8-trained-some"):
         with pytest.raises(ValueError, match="512x100000x64-trained is the form"):
             Case.parse(bad)
     assert Case(2, 300, 5).flops == 6000 and Case(2, 300, 5).least_bytes == 6040
@@ -78,7 +81,8 @@ def test_inputs(kind, least, most):
 @pytest.mark.parametrize("case", [CASE, Case(300, 4000, 32, "untrained"), Case(5, SEEN + 1, 8, "untrained")],
                          ids=lambda c: c.name)
 def test_every_implementation_agrees_with_float64(case, monkeypatch):
-    monkeypatch.setattr("benchmarks.ranking.implementations.SCORE_BYTES", 70 * 4 * case.items)  # several batches
+    several = {"cpu": 70 * 4 * case.items}  # batches
+    monkeypatch.setattr("benchmarks.ranking.implementations.SCORE_BYTES", several)
     inputs = make_inputs(case)
     truth, ran = exact(inputs), []
     for i in IMPLEMENTATIONS:
@@ -90,6 +94,76 @@ def test_every_implementation_agrees_with_float64(case, monkeypatch):
             ran.append(i.name)
     assert {"karma auto, packing included", "torch matmul + topk", "RecBole style"} <= set(ran)
     assert importlib.util.find_spec("faiss") is None or "faiss IndexFlatIP" in ran
+
+
+@pytest.mark.parametrize("case", [CASE, Case(50, 900, 32, "untrained", "bfloat16", False),
+                                  Case(90, 400, 33, dtype="bfloat16")], ids=lambda c: c.name)
+def test_implementations_for_a_gpu_agree_with_float64(case, monkeypatch):
+    """They are plain torch, and functions that take tensors of any device."""
+    monkeypatch.setattr("benchmarks.ranking.implementations.SCORE_BYTES", {"cpu": 70 * 4 * case.items})
+    inputs = make_inputs(case)
+    assert inputs.items.dtype == inputs.queries.dtype == getattr(torch, case.dtype)
+    assert case.seen == bool(len(inputs.seen[1]))
+    truth, ran = exact(inputs), []
+    for i in GPU_IMPLEMENTATIONS:
+        if absent(i, case) is None:
+            found = i.find(inputs, i.prepare(inputs) if i.prepare else None)
+            errors = compare(found, truth)
+            assert not i.exact or not is_wrong(errors), i.name
+            assert errors["ranks_differ"] == (0 if i.name.startswith("karma ") else None), i.name
+            ran.append(i.name)
+    kernels = {"karma count_ranks", "karma count_ranks, 512 MiB"}
+    assert {i.name for i in GPU_IMPLEMENTATIONS} - set(ran) == (kernels if case.seen else set())
+    if case.seen:
+        assert absent(GPU_IMPLEMENTATIONS[1], case).startswith("ranks all items")
+
+
+class Event:
+    """Stands for one of CUDA: there is no device here."""
+
+    def __init__(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_runner_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """Where times and memory come from; tensors stay on the CPU, and memory is told by a counter."""
+    made, held = [], iter(range(0, 100 << 20, 1 << 20))
+
+    def make(case, device):
+        made.append(device)
+        return make_inputs(case)
+
+    def about(device, *libraries):
+        return {"device": device, "name": "Test GPU 9", "torch": "2.11.0", "python": "3.12.1"}
+
+    for module, name, stand_in in (
+            (main, "make_inputs", make), (main, "describe", about), (session, "describe", about),
+            (measure, "event", Event), (measure, "FLUSH_BYTES", 16), (measure, "matmul_peak", lambda *_: 1e9),
+            (measure, "copy_bandwidth", lambda *_: 1e9),
+            *((torch.cuda, name, lambda: None) for name in ("synchronize", "reset_peak_memory_stats", "empty_cache")),
+            (torch.cuda, "memory_allocated", lambda: next(held)),
+            (session.gc, "collect", lambda: 0),
+            (torch.cuda, "max_memory_allocated", lambda: next(held) + (5 << 20)),
+            (main, "absent", lambda i, case, device: absent(i, case, "cpu"))):
+        monkeypatch.setattr(module, name, stand_in)
+    path, names = tmp_path / "ranking-gpu.json", ["12x300x8-trained", "12x300x8-trained-bf16-all"]
+    assert main.main(["--device", "cuda", "--quick", "--out", str(path), "--cases", *names]) == 0
+    results = json.loads(path.read_text())
+    assert set(made) == {"cuda"} and "benchmarks.ranking --device cuda --cases" in results["command"]
+    found = {(r["case"], r["implementation"]): r for r in results["records"]}
+    assert len(found) == 2 * len(GPU_IMPLEMENTATIONS)
+    for (case, name), r in found.items():
+        left_out = case == names[0] and "count_ranks" in name
+        assert r["status"] == ("absent" if left_out else "inexact" if name.endswith("bf16") else "ok"), r
+        assert left_out or (r["memory_mib"] == pytest.approx(6, abs=2) and r["repeats"] >= 5 and r["total_ms"])
+    assert found[names[1], "karma auto"]["dtype"] == "bfloat16" and not found[names[1], "karma auto"]["seen"]
+    text = ranking_tables.device_table(results)
+    assert "| 12 × 300 × 8, bfloat16, all items ranked |" in text and "torch's allocator" in text
+    assert "faiss" not in text and "packing" not in text and "early stop" not in text
+    assert names[1] in capsys.readouterr().out
 
 
 def test_seen_items_would_be_noticed(inputs, truth):
@@ -145,7 +219,7 @@ def test_early_stop_may_leave_out_what_is_beyond(inputs, truth):
 
 
 def test_batches_cover_all_queries(inputs, monkeypatch):
-    monkeypatch.setattr("benchmarks.ranking.implementations.SCORE_BYTES", 7 * 4 * 700)
+    monkeypatch.setattr("benchmarks.ranking.implementations.SCORE_BYTES", {"cpu": 7 * 4 * 700})
     assert [(r.start, r.stop) for r in batches(inputs)] == [(0, 7), (7, 14), (14, 21), (21, 24)]
     assert len(list(batches(inputs, 100))) == 24
 
@@ -190,7 +264,7 @@ def test_a_catalogue_is_packed_once_for_all_that_use_it(tmp_path, monkeypatch):
 
     both = [Implementation(name, torch_topk_of_items, pack) for name in ("karma auto", "karma top_k")]
     monkeypatch.setattr(main, "IMPLEMENTATIONS", both)
-    assert main.main(["--out", str(tmp_path / "r.json"), "--quick", "--cases", CASE.name]) == 0
+    assert main.main(["--out", str(tmp_path / "r.json"), "--device", "cpu", "--quick", "--cases", CASE.name]) == 0
     assert packed.count(CASE.items) == 1
     one, two = json.loads((tmp_path / "r.json").read_text())["records"]
     assert one["pack_ms"] == two["pack_ms"] and one["packed_mib"] == two["packed_mib"]
@@ -233,7 +307,7 @@ FEW = (Implementation("karma auto", lambda inputs, prepared: counted(inputs), la
 
 def run_few(path: Path, monkeypatch, *more: str) -> dict:
     monkeypatch.setattr(main, "IMPLEMENTATIONS", FEW)
-    assert main.main(["--out", str(path), "--quick", "--cases", CASE.name, *more]) == 0
+    assert main.main(["--out", str(path), "--device", "cpu", "--quick", "--cases", CASE.name, *more]) == 0
     return json.loads(path.read_text())
 
 
@@ -278,7 +352,7 @@ def test_runner_keeps_to_its_budget_and_resumes(tmp_path, monkeypatch):
 
 
 def test_inputs_that_do_not_fit_are_recorded(tmp_path, monkeypatch):
-    def full(case):
+    def full(case, device):
         raise MemoryError
 
     monkeypatch.setattr(main, "make_inputs", full)

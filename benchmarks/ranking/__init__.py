@@ -1,1 +1,1 @@
-"""The benchmark of exact ranking over the whole catalogue on a CPU: ``python -m benchmarks.ranking --help``."""
+"""The benchmark of exact ranking over the whole catalogue: ``python -m benchmarks.ranking --help``."""

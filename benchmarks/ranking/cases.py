@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..cases import unit_vectors
+from ..cases import SHORT, unit_vectors
 
 KS = (1, 10, 200)  # cut-offs of the hit rate
 KINDS = ("trained", "untrained")
@@ -21,7 +21,7 @@ NEAR = 65536  # of the first so many items those that rank high are taken
 
 @dataclass(frozen=True)
 class Case:
-    """``queries`` with one target each against ``items`` of ``width``, all float32.
+    """``queries`` with one target each against ``items`` of ``width``, all of one dtype.
 
     trained: a query is a noisy copy of its target, and 50 to 70% of the targets are among the first 200. untrained: it
     has nothing to do with its target, which lies anywhere in the ranking, most often where items are dense.
@@ -31,25 +31,31 @@ class Case:
     items: int
     width: int
     kind: str = "trained"
+    dtype: str = "float32"
+    seen: bool = True  # items are left out; else all are ranked
 
     @property
     def name(self) -> str:
-        return f"{self.queries}x{self.items}x{self.width}-{self.kind}"
+        """What is not the rule is said: the dtype if not float32, and "all" if all items are ranked."""
+        more = [SHORT[self.dtype]] * (self.dtype != "float32") + ["all"] * (not self.seen)
+        return "-".join([f"{self.queries}x{self.items}x{self.width}", self.kind, *more])
 
     @classmethod
     def parse(cls, name: str) -> Case:
         """The reverse of ``name``.
 
-        >>> Case.parse("512x100000x64-untrained")
-        Case(queries=512, items=100000, width=64, kind='untrained')
+        >>> Case.parse("512x100000x64-untrained-bf16")
+        Case(queries=512, items=100000, width=64, kind='untrained', dtype='bfloat16', seen=True)
         """
-        shape, _, kind = name.partition("-")
+        shape, kind, *more = name.split("-") if "-" in name else (name, "")
         sizes = shape.split("x")
+        dtypes = {short: dtype for dtype, short in SHORT.items() if dtype != "float32"}
+        dtype = dtypes[more.pop(0)] if more and more[0] in dtypes else "float32"
         if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes) or kind not in KINDS or \
-                int(sizes[1]) <= SEEN:
+                int(sizes[1]) <= SEEN or more not in ([], ["all"]):
             raise ValueError(f"case {name!r}: 512x100000x64-trained is the form, queries x items x width with more "
-                             f"than {SEEN} items, and {' or '.join(KINDS)}")
-        return cls(*map(int, sizes), kind)
+                             f"than {SEEN} items, and {' or '.join(KINDS)}; behind that -bf16 or -fp16, and -all")
+        return cls(*map(int, sizes), kind, dtype, not more)
 
     @property
     def flops(self) -> int:
@@ -58,7 +64,7 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Everything read once as float32. At B bytes/s no float32 code is faster than this over B."""
+        """Everything as float32, once. At B bytes/s no float32 code is faster than this over B."""
         return 4 * self.width * (self.items + self.queries)
 
 
@@ -71,10 +77,26 @@ def cpu_cases() -> list[Case]:
             Case(64, million, 1024)]
 
 
+def gpu_cases() -> list[Case]:
+    """A million items first, then smaller catalogues; queries as many as a test set has."""
+    million = 10**6
+    return [Case(20_000, million, 256), Case(20_000, million, 256, seen=False), Case(8192, 100_000, 256),
+            Case(22_363, 12_101, 256), Case(20_000, million, 256, "untrained"),
+            Case(20_000, million, 256, dtype="bfloat16"), Case(8192, million, 1024), Case(8192, million, 64),
+            Case(20_000, million, 256, "untrained", "bfloat16", seen=False),
+            Case(8192, million, 1024, "untrained"), Case(8192, million, 1024, dtype="bfloat16"),
+            Case(8192, million, 64, "untrained"), Case(8192, 100_000, 256, "untrained"),
+            Case(22_363, 12_101, 256, "untrained")]
+
+
+def cases_for(device: str) -> list[Case]:
+    return gpu_cases() if device == "cuda" else cpu_cases()
+
+
 @dataclass
 class Inputs:
-    queries: Tensor  # (Q, D) float32
-    items: Tensor  # (N, D) float32
+    queries: Tensor  # (Q, D)
+    items: Tensor  # (N, D)
     targets: Tensor  # (Q,) int64
     seen: tuple[np.ndarray, np.ndarray]  # indptr (Q + 1,) and item numbers, rising in a query; never its target
 
@@ -89,21 +111,30 @@ def signal(case: Case) -> float:
     return 0.41 * (64 / case.width) ** 0.13 * math.sqrt(math.log10(case.items) / 5)
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    items = torch.empty(case.items, case.width)
+def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Made on the device; the lists of what was seen are arrays, as histories are."""
+    generator = torch.Generator(device).manual_seed(seed)
+    items = torch.empty(case.items, case.width, device=device)
     for rows in items.split(CHUNK):
         rows.copy_(unit_vectors(len(rows), case.width, generator))
-    targets = torch.randint(case.items, (case.queries,), generator=generator)
+    targets = torch.randint(case.items, (case.queries,), generator=generator, device=device)
     queries = unit_vectors(case.queries, case.width, generator)
     if case.kind == "trained":
         share = signal(case)
         queries = normalize(share * items[targets] + (1 - share) * queries)
-    # left out are items that a hit may hang on, as histories hold what is like the next item, and any others
+    seen = seen_lists(case, queries, items, targets, generator) if case.seen else \
+        (np.zeros(case.queries + 1, np.int64), np.zeros(0, np.int64))
+    dtype = getattr(torch, case.dtype)
+    return Inputs(queries.to(dtype), items.to(dtype), targets, seen)
+
+
+def seen_lists(case: Case, queries: Tensor, items: Tensor, targets: Tensor,
+               generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Items that a hit may hang on, as histories hold what is like the next item, and any others."""
     high = torch.cat([(part @ items[:NEAR].T).topk(SEEN).indices[:, ::2] for part in queries.split(256)])
-    drawn = torch.randint(case.items, (case.queries, SEEN // 2), generator=generator)
+    drawn = torch.randint(case.items, (case.queries, SEEN // 2), generator=generator, device=high.device)
     row = np.arange(case.queries)
-    pairs = np.setdiff1d(torch.cat([high, drawn], 1).numpy() + row[:, None] * case.items,
-                         targets.numpy() + row * case.items)  # one number for (query, item); each once, in order
+    pairs = np.setdiff1d(torch.cat([high, drawn], 1).cpu().numpy() + row[:, None] * case.items,
+                         targets.cpu().numpy() + row * case.items)  # one number for (query, item); each once, in order
     row, seen = np.divmod(pairs, case.items)
-    return Inputs(queries, items, targets, (np.searchsorted(row, np.arange(case.queries + 1)), seen))
+    return np.searchsorted(row, np.arange(case.queries + 1)), seen

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from karma_fast.evaluation import Ranks
 from karma_fast.evaluation.scores import error_bound, pair_scores
@@ -40,15 +41,19 @@ class Exact:
 def exact(inputs: Inputs, sample: int = SAMPLE) -> Exact:
     """Products in float64; where rounding to float32 could change the order, the defined score decides for ``greater``
     and ``ties``, and the item counts as ``near``."""
+    device = inputs.items.device
     rows = spread(len(inputs.queries), sample, torch.device("cpu"))
-    queries, targets = inputs.queries[rows], inputs.targets[rows]
-    arrays = queries.numpy(), inputs.items.numpy()
-    bound = torch.from_numpy(error_bound(*arrays))[:, None]
-    wide = queries.double()
+    queries, targets = inputs.queries[rows.to(device)], inputs.targets[rows.to(device)]
+    array, wide = as_array(queries), queries.double()
+    # the bound hangs on the longest item alone
+    bound = torch.from_numpy(error_bound(array, as_array(inputs.items[longest_row(inputs.items)][None]))).to(device)
+    bound = bound[:, None]
     middle = (wide * inputs.items[targets].double()).sum(1, keepdim=True)
-    own = pair_scores(*arrays, np.arange(len(rows)), targets.numpy())
-    goal = torch.from_numpy(own.astype(np.float64))[:, None]
-    left_out = [torch.from_numpy(np.append(inputs.seen[1][inputs.seen[0][r]:inputs.seen[0][r + 1]], t))
+    each = np.arange(len(rows))
+    own = pair_scores(array, as_array(inputs.items[targets]), each, each)
+    goal = torch.from_numpy(own.astype(np.float64)).to(device)[:, None]
+    indptr, seen = inputs.seen
+    left_out = [torch.from_numpy(np.append(seen[indptr[r]:indptr[r + 1]], t)).to(device)
                 for r, t in zip(rows.tolist(), targets.tolist(), strict=True)]
     greater, ties, above, near = np.zeros((4, len(rows)), np.int64)
     for begin in range(0, len(inputs.items), PANEL):
@@ -56,14 +61,23 @@ def exact(inputs: Inputs, sample: int = SAMPLE) -> Exact:
         for row, items in enumerate(left_out):
             here = items[(items >= begin) & (items < begin + PANEL)] - begin
             scores[row, here] = torch.nan  # neither above nor near
-        above += (scores > middle + 2 * bound).sum(1).numpy()
-        near += ((scores - middle).abs() <= 2 * bound).sum(1).numpy()
-        greater += (scores > goal + bound).sum(1).numpy()
-        row, item = (x.numpy() for x in ((scores - goal).abs() <= bound).nonzero(as_tuple=True))
-        score = pair_scores(*arrays, row, item + begin)
+        above += (scores > middle + 2 * bound).sum(1).cpu().numpy()
+        near += ((scores - middle).abs() <= 2 * bound).sum(1).cpu().numpy()
+        greater += (scores > goal + bound).sum(1).cpu().numpy()
+        row, item = ((scores - goal).abs() <= bound).nonzero(as_tuple=True)
+        close, row = as_array(inputs.items[item + begin]), row.cpu().numpy()
+        score = pair_scores(array, close, row, np.arange(len(row)))
         greater += np.bincount(row[score > own[row]], minlength=len(rows))
         ties += np.bincount(row[score == own[row]], minlength=len(rows))
     return Exact(rows.numpy(), greater, ties, above, near)
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    return x.float().cpu().numpy()
+
+
+def longest_row(x: Tensor) -> int:
+    return int(torch.cat([part.double().norm(dim=1) for part in x.split(PANEL)]).argmax())
 
 
 def compare(found: Found, truth: Exact) -> dict:

@@ -1,7 +1,7 @@
 """Every way to find HR@1, 10 and 200 over the whole catalogue, seen items left out: a function from inputs to hits.
 
 All use torch's number of threads. Whoever holds scores holds at most SCORE_BYTES of them at a time. Other libraries
-are imported only when asked for.
+are imported only when asked for. Those for a GPU are in ``gpu.py``; plain torch is the same for both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..implementations import importing, why_not
 from .cases import KS, Case, Inputs
 from .exact import Found
 
-SCORE_BYTES = 512 << 20
+SCORE_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 PATHS = ("avx512_vnni", "amx_bf16", "avx512_bf16", "avx512", "avx2", "portable", "torch")
 IMPLICIT_BATCH = 100  # fixed inside implicit
 
@@ -34,13 +34,16 @@ class Implementation:
     batch: Callable[[int], int | None] = lambda items: None  # queries at a time; None: all
     most_flops: float = float("inf")  # of a case; above, it takes minutes
     holds: float = 0.0  # what it prepares, in the call or before, over the bytes of the items; roughly
+    leaves_out: bool = True  # it can leave out seen items
 
 
-def absent(implementation: Implementation, case: Case) -> str | None:
+def absent(implementation: Implementation, case: Case, device: str = "cpu") -> str | None:
     """Why it is not measured on this case, or None."""
     if case.flops > implementation.most_flops:
         return f"too slow for this size: more than {implementation.most_flops:.0e} operations"
-    return why_not(implementation.probe, "cpu")
+    if case.seen and not implementation.leaves_out:
+        return "ranks all items: measured where none is left out"
+    return why_not(implementation.probe, device)
 
 
 # ------------------------------------------------------------------------------------------------ ours
@@ -106,13 +109,13 @@ def ours_by(path: str) -> Implementation:
 
 # ------------------------------------------------------------------------------------------------ plain torch
 
-def batch_rows(items: int, matrices: int = 1) -> int:
+def batch_rows(items: int, matrices: int = 1, device: str = "cpu") -> int:
     """Queries at a time, with so many 4-byte matrices of scores."""
-    return max(1, SCORE_BYTES // (4 * items * matrices))
+    return max(1, SCORE_BYTES[device] // (4 * items * matrices))
 
 
 def batches(inputs: Inputs, matrices: int = 1) -> Iterator[slice]:
-    size = batch_rows(len(inputs.items), matrices)
+    size = batch_rows(len(inputs.items), matrices, inputs.items.device.type)
     for start in range(0, len(inputs.queries), size):
         yield slice(start, min(start + size, len(inputs.queries)))
 
@@ -120,14 +123,15 @@ def batches(inputs: Inputs, matrices: int = 1) -> Iterator[slice]:
 def hits_in(lists: Tensor, targets: Tensor) -> np.ndarray:
     """(Q, L) item numbers, best first, and the targets -> (Q, len(KS)) bool."""
     found = lists == targets[:, None]
-    return torch.stack([found[:, :k].any(1) for k in KS], 1).numpy()
+    return torch.stack([found[:, :k].any(1) for k in KS], 1).cpu().numpy()
 
 
 def leave_out_seen(scores: Tensor, inputs: Inputs, rows: slice) -> None:
     indptr, indices = inputs.seen
     lengths = np.diff(indptr[rows.start:rows.stop + 1])
-    row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-    scores[row, torch.from_numpy(indices[indptr[rows.start]:indptr[rows.stop]])] = -torch.inf
+    row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(scores.device)
+    column = torch.from_numpy(indices[indptr[rows.start]:indptr[rows.stop]]).to(scores.device)
+    scores[row, column] = -torch.inf
 
 
 def top_lists(inputs: Inputs, items: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,23 +146,23 @@ def top_lists(inputs: Inputs, items: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def torch_topk(inputs: Inputs, prepared: object) -> Found:
-    items = inputs.items if prepared is None else prepared
+    items = inputs.items.float() if prepared is None else prepared
     return Found(hits_in(top_lists(inputs, items)[1], inputs.targets))
 
 
 def recbole_style(inputs: Inputs, prepared: object) -> Found:
     """As RecBole's collector does it: the batch's scores, `topk`, a matrix of the same size with a 1 at each target,
     and a gather of that matrix."""
-    parts = []
+    parts, items = [], inputs.items.float()
     for rows in batches(inputs, 2):
-        scores = inputs.queries[rows] @ inputs.items.T
+        scores = inputs.queries[rows].float() @ items.T
         leave_out_seen(scores, inputs, rows)
-        first = scores.topk(min(KS[-1], len(inputs.items))).indices
-        wanted = torch.zeros(scores.shape, dtype=torch.int32)
+        first = scores.topk(min(KS[-1], len(items))).indices
+        wanted = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
         wanted[torch.arange(len(scores)), inputs.targets[rows]] = 1
         found = wanted.gather(1, first)
         parts.append(torch.stack([found[:, :k].amax(1) > 0 for k in KS], 1))
-    return Found(torch.cat(parts).numpy())
+    return Found(torch.cat(parts).cpu().numpy())
 
 
 # ------------------------------------------------------------------------------------------------ other libraries
@@ -167,7 +171,7 @@ def faiss_index(inputs: Inputs) -> object:
     import faiss
 
     index = faiss.IndexFlatIP(inputs.items.shape[1])
-    index.add(inputs.items.numpy())
+    index.add(inputs.items.float().numpy())
     return index
 
 
@@ -179,7 +183,7 @@ def faiss_search(inputs: Inputs, index: object) -> Found:
     indptr, seen = inputs.seen
     lengths = np.diff(indptr)
     size = len(inputs.items)
-    _, lists = index.search(inputs.queries.numpy(), min(KS[-1] + int(lengths.max(initial=0)), size))
+    _, lists = index.search(inputs.queries.float().numpy(), min(KS[-1] + int(lengths.max(initial=0)), size))
     row = np.arange(len(lists))
     keep = ~np.isin(lists + row[:, None] * size, seen + np.repeat(row, lengths) * size)
     target = keep & (lists == inputs.targets.numpy()[:, None])
@@ -202,8 +206,8 @@ def implicit_topk(inputs: Inputs, seen: object) -> Found:
     # its own threads take a batch each; it asks for a matrix library of one thread beside them
     inner = 1 if len(inputs.queries) > IMPLICIT_BATCH else threads
     with threadpool_limits(inner, "blas"):
-        lists, _ = topk(inputs.items.numpy(), inputs.queries.numpy(), min(KS[-1], len(inputs.items)),
-                        filter_query_items=seen, num_threads=threads)
+        lists, _ = topk(inputs.items.float().numpy(), inputs.queries.float().numpy(),
+                        min(KS[-1], len(inputs.items)), filter_query_items=seen, num_threads=threads)
     return Found(hits_in(torch.from_numpy(lists), inputs.targets))
 
 
@@ -211,7 +215,7 @@ def torch_and_ranx(inputs: Inputs, prepared: object) -> Found:
     """Lists from torch, hits from ranx, both as its arrays of (item, score)."""
     from ranx import evaluate
 
-    values, lists = top_lists(inputs, inputs.items)
+    values, lists = top_lists(inputs, inputs.items.float())
     run = torch.stack([lists.double(), values.double()], 2).numpy()
     wanted = torch.stack([inputs.targets.double(), torch.ones(len(run), dtype=torch.double)], 1)[:, None].numpy()
     names = [f"hit_rate@{k}" for k in KS]

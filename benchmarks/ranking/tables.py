@@ -20,10 +20,17 @@ from ..tables import (
 PACKING, EARLY, LIST = "karma auto, packing included", "karma auto, early stop", "karma top_k"
 FAISS = "faiss IndexFlatIP"
 EXPLAINED = ("Every time is that of HR@1, 10 and 200 over the whole catalogue with up to 50 seen items a query left "
-             "out, median of calls in turn; packing and building an index are apart. Shares of the peak count 2 · "
-             "queries · items · width operations, whatever was saved of them, over torch's own matrix product. Memory "
-             "is what the process held at most beyond the inputs, the packed catalogue included. Hits are compared "
-             "with float64 on up to 64 queries, our counts one by one.")
+             "out, median of calls {calls}. Shares of the peak count 2 · queries · items · width operations, whatever "
+             "was saved of them, over torch's own matrix product. Memory is what {holder} held at most beyond the "
+             "inputs{packed}. Hits are compared with float64 on up to 64 queries, our counts one by one.")
+ON = {"cpu": {"calls": "in turn; packing and building an index are apart", "holder": "the process",
+              "packed": ", the packed catalogue included"},
+      "cuda": {"calls": "with queries and items on the GPU, the lists of seen items and the hits on the host",
+               "holder": "torch's allocator", "packed": ""}}
+
+
+def explained(results: dict) -> str:
+    return EXPLAINED.format(**ON[results["machine"]["device"]])
 
 
 def of_case(results: dict, case: str) -> dict[str, dict]:
@@ -36,8 +43,11 @@ def cases_of(results: dict) -> list[str]:
 
 
 def label(record: dict) -> str:
-    return f"{record['queries']:,} × {record['items']:,} × {record['width']}" + \
-        (", untrained" if record["kind"] == "untrained" else "")
+    dtype = record.get("dtype", "float32")
+    more = ((record["kind"], record["kind"] == "untrained"), (dtype, dtype != "float32"),
+            ("all items ranked", not record.get("seen", True)))
+    shape = f"{record['queries']:,} × {record['items']:,} × {record['width']}"
+    return ", ".join([shape, *(text for text, said in more if said)])
 
 
 def ours_of(found: dict[str, dict]) -> dict | None:
@@ -63,6 +73,12 @@ def per_second(record: dict) -> str:
 
 def against(record: dict | None, other: dict | None) -> str:
     return compare(record, other) if record and right(record) and other else "-"
+
+
+def filled(table: list[list[str]]) -> list[list[str]]:
+    """Without the columns that hold nothing but dashes, as those on faiss where it did not run."""
+    kept = [at for at in range(len(table[0])) if len(table) == 1 or any(line[at] != "-" for line in table[1:])]
+    return [[line[at] for at in kept] for line in table]
 
 
 def ranks_table(results: dict) -> tuple[list[list[str]], list[str]]:
@@ -113,7 +129,8 @@ def device_table(results: dict) -> str:
     text = [verdict(slower, len(ranks) - 1)]
     if slower_packing:
         text.append(f"With packing in the time it is slower at: {'; '.join(slower_packing)}.")
-    return "\n\n".join([about(results), rows_of(ranks), rows_of(variants), " ".join([*text, EXPLAINED])])
+    parts = [rows_of(filled(table)) for table in (ranks, variants) if table is ranks or len(table) > 1]
+    return "\n\n".join([about(results), *parts, " ".join([*text, explained(results)])])
 
 
 def exactness(record: dict) -> str:
@@ -145,17 +162,17 @@ def case_table(results: dict, case: str) -> str:
     records = [r for r in results["records"] if r["case"] == case]
     own = ours_of({r["implementation"]: r for r in timed})
     text = f"Ours against the best exact alternative: {compare(own, best)}." if own else "Ours has no result."
-    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(table), f"{text} {EXPLAINED}",
-                        *not_measured(records)])
+    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(filled(table)),
+                        f"{text} {explained(results)}", *not_measured(records)])
 
 
 def short_table(results: dict) -> str:
     """For a terminal: a line for each case."""
     lines = [f"{results['machine']['name']}, torch {results['machine']['torch']}",
-             f"{'case':<30} {'ms':>9} {'% fp32':>6} {'MiB':>8}  against the best exact alternative"]
+             f"{'case':<36} {'ms':>9} {'% fp32':>6} {'MiB':>8}  against the best exact alternative"]
     for case in cases_of(results):
         r, other = ours_of(of_case(results, case)), best_alternative(results, case)
         if r is not None:
             text = compare(r, other).strip("*") + (f" ({other['implementation']})" if other else "")
-            lines.append(f"{case:<30} {milliseconds(r):>9} {100 * r['peak_fraction']:>5.0f}% {size(r):>8}  {text}")
+            lines.append(f"{case:<36} {milliseconds(r):>9} {100 * r['peak_fraction']:>5.0f}% {size(r):>8}  {text}")
     return "\n".join(lines + failures(results))

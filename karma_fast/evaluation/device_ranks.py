@@ -8,11 +8,14 @@ from torch import Tensor
 
 from karma_kernels.ranks import count_ranks, pair_scores
 
+from . import native_ranks
+from .catalogue import native
 from .counting import Targets, left_out
 from .csr import Csr
 from .scores import check_overflow
 
-PIECE = 1 << 16  # rows or pairs worked on together
+PAIRS = 1 << 18  # worked on together
+NUMBERS = 1 << 22  # as float64 together
 
 
 def count(queries: Tensor, items: Tensor, targets: Targets, seen: Csr | None, item_range: tuple[int, int]) \
@@ -26,17 +29,17 @@ def count(queries: Tensor, items: Tensor, targets: Targets, seen: Csr | None, it
     greater, ties = count_ranks(queries, items[begin:end], query, score)
     ties -= ((item >= begin) & (item < end)).long()  # the target itself
     candidates = torch.full_like(greater, end - begin)
-    listed = left_out(seen, targets, len(items))
+    listed = (native_ranks.left_out if native else left_out)(seen, targets, len(items))
     if listed is not None:
         starts, size = torch.from_numpy(targets.starts).to(queries.device), np.diff(targets.starts)
         row, column = np.repeat(np.arange(len(queries)), np.diff(listed[0])), listed[1]
         inside = (column >= begin) & (column < end)
         row, column = row[inside], column[inside]
-        for start in range(0, len(row), PIECE):
-            rows, columns = (torch.from_numpy(x[start:start + PIECE]).to(queries.device) for x in (row, column))
+        for start in range(0, len(row), PAIRS):
+            rows, columns = (torch.from_numpy(x[start:start + PAIRS]).to(queries.device) for x in (row, column))
             found = pair_scores(queries, items, rows, columns)
             # one entry for each target of the pair's query
-            times = torch.from_numpy(size[row[start:start + PIECE]]).to(queries.device)
+            times = torch.from_numpy(size[row[start:start + PAIRS]]).to(queries.device)
             pair = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), times)
             nth = torch.arange(len(pair), device=rows.device) - (times.cumsum(0) - times)[pair]
             target = starts[rows[pair]] + nth
@@ -48,9 +51,9 @@ def count(queries: Tensor, items: Tensor, targets: Targets, seen: Csr | None, it
 
 def longest_of(name: str, x: Tensor) -> float:
     """Length of the longest row; ValueError for NaN or infinite values, and in what row."""
-    longest = 0.0
-    for start in range(0, len(x), PIECE):
-        lengths = x[start:start + PIECE].double().norm(dim=1)
+    longest, rows = 0.0, max(1, NUMBERS // x.shape[1])
+    for start in range(0, len(x), rows):
+        lengths = x[start:start + rows].double().norm(dim=1)
         most = float(lengths.max())
         if not np.isfinite(most):
             row = start + int((~lengths.isfinite()).nonzero()[0])

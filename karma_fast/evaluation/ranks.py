@@ -196,8 +196,8 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
 def warn_of_torch(path: str, products: int) -> None:
     """pip shows nothing of a build that left the extension out, so this is where one learns of it."""
     if path == "auto" and products > LONG:
-        warnings.warn("the C++ extension was not built, so torch ranks, which takes many times longer; install a C++17 "
-                      "compiler (on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again",
+        warnings.warn("the C++ extension was not built, so torch ranks, which takes many times longer; install a "
+                      "C++17 compiler (on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again",
                       stacklevel=3)
 
 

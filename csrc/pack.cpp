@@ -31,7 +31,8 @@ void rotated(const Basics& basics, const float* row, int64_t width, float* out) 
   basics.rotate(out, width);
 }
 
-double scale_for(float largest) { return largest > 0 ? double(largest / 127) : 1.0; }
+// Tiny vectors become zeros; that is then their error.
+double scale_for(float largest) { return largest > float(kSmallest) ? double(largest / 127) : 1.0; }
 
 // One row as units; returns its lengths. For int8 `row` is rotated and `scale` known; shift and sum as in
 // Basics::to_int8.

@@ -9,7 +9,24 @@
 #include <thread>
 #include <vector>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 namespace karma {
+
+// Rounding to nearest and subnormal numbers, for as long as it lives, whatever the thread was set to: scores are
+// defined so, and torch.set_flush_denormal, for one, sets the thread that calls it but no other.
+class StandardFloats {
+ public:
+#ifdef __SSE2__
+  StandardFloats() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~StandardFloats() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#endif
+};
 
 // work(task, thread) for every task below `tasks`; the first exception is thrown here once all threads have stopped.
 template <class Work>
@@ -18,6 +35,7 @@ void parallel(int64_t tasks, int threads, const Work& work) {
   std::exception_ptr error;
   std::mutex guard;
   const auto run = [&](int thread) {
+    const StandardFloats standard;
     try {
       for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, thread);
     } catch (...) {

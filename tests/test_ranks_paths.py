@@ -114,6 +114,11 @@ def test_tiny_and_huge_numbers(path):
         targets = rng.integers(0, 300, 20)
         expected = target_ranks(queries, items, targets, path="torch")
         assert numbers(target_ranks(queries, items, targets, path=path)) == numbers(expected)
+        torch.set_flush_denormal(True)  # in this thread, but not in those that help it
+        try:
+            assert numbers(target_ranks(queries, items, targets, path=path, threads=1)) == numbers(expected)
+        finally:
+            torch.set_flush_denormal(False)
     with pytest.raises(ValueError, match="overflow float32"):
         target_ranks(np.full((1, 4), 1e20, np.float32), np.full((3, 4), 1e20, np.float32), [0], path=path)
 

@@ -5,21 +5,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "bits.h"
 #include "kernel.h"
 
 namespace {
-
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-
-inline float float_of(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
 
 // One rounding of a * b + c to float32.
 inline float fused(float a, float b, float c) {
@@ -105,12 +94,9 @@ void to_float(karma::Storage from, const void* row, int64_t width, float* out) {
     for (int64_t d = 0; d < width; ++d) out[d] = float_of(uint32_t(x[d]) << 16);
   } else {
     const uint16_t* x = static_cast<const uint16_t*>(row);
-    const float rebias = float_of((254 - 15) << 23);  // 2^112 moves the exponent; right for subnormal numbers too
-    for (int64_t d = 0; d < width; ++d) {
-      const uint32_t sign = uint32_t(x[d] & 0x8000) << 16, rest = uint32_t(x[d] & 0x7fff) << 13;
-      const uint32_t finite = bits_of(float_of(rest) * rebias), special = rest | 0x7f800000;
-      out[d] = float_of(sign | (rest >= 0x0f800000 ? special : finite));
-    }
+    int64_t first = 0;
+    for (; first + Lanes::count <= width; first += Lanes::count) Lanes::from_half(x + first, out + first);
+    for (int64_t d = first; d < width; ++d) out[d] = half(x[d]);
   }
 }
 

@@ -15,6 +15,9 @@ struct Lanes {
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), v);
   }
+  static KARMA_INLINE void from_half(const uint16_t* x, float* out) {
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  }
   static KARMA_INLINE void cross(float* x, float* y) {
     const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(y);
     _mm256_storeu_ps(x, _mm256_add_ps(a, b));

@@ -18,6 +18,9 @@ struct Lanes {
   KARMA_INLINE void add(const float* a, const float* b) {
     v = _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), v);
   }
+  static KARMA_INLINE void from_half(const uint16_t* x, float* out) {
+    _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+  }
   static KARMA_INLINE void cross(float* x, float* y) {
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(y);
     _mm512_storeu_ps(x, _mm512_add_ps(a, b));

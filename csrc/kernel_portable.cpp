@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bits.h"
 #include "kernel.h"
 
 namespace {
@@ -12,6 +13,9 @@ struct Lanes {
   static Lanes zero() { return {}; }
   void add(const float* a, const float* b) {
     for (int i = 0; i < count; ++i) v[i] += a[i] * b[i];
+  }
+  static void from_half(const uint16_t* x, float* out) {
+    for (int i = 0; i < count; ++i) out[i] = half(x[i]);
   }
   static void cross(float* x, float* y) {
     for (int i = 0; i < count; ++i) {

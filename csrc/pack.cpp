@@ -62,10 +62,19 @@ Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double 
     found.full += slack;
     found.stored += slack;
     found.error += slack;
-    // sums might overflow or lose bits there: the bound then leaves every pair to float32
-    if (found.full > kLargest || (found.full < kSmallest && found.full > 0)) found.error = kHopeless;
   }
   return found;
+}
+
+// Lengths for a row that a kernel has no good copy of: rotated, it may overflow or lose bits. The bound then leaves
+// every pair to float32.
+Lengths hopeless(const Basics& basics, const float* row, int64_t width, double scale) {
+  return {std::sqrt(basics.square(row, width)), 1e41, kHopeless, scale};  // stored: longer than any copy
+}
+
+bool usable(const Kernel& kernel, const Lengths& one) {
+  if (kernel.precision != Precision::int8) return std::isfinite(one.full);
+  return one.full == 0 || (one.full >= kSmallest && one.full <= kLargest);
 }
 
 void widen(Lengths& most, const Lengths& one) {
@@ -144,10 +153,13 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
           std::memset(units, 0, size_t(steps) * 4);
           continue;
         }
-        const float* row = rows.floats(basics, panel + i, copy.data());
-        if (!std::isfinite(basics.square(row, width))) throw NotFinite("items", panel + i);
-        if (int8) row = &turned[size_t((panel + i - start) * width)];
-        const Lengths one = row_units(kernel, row, width, scale, 0, units, steps, &sums[i]);
+        const float* row =
+            int8 ? &turned[size_t((panel + i - start) * width)] : rows.floats(basics, panel + i, copy.data());
+        Lengths one = row_units(kernel, row, width, scale, 0, units, steps, &sums[i]);
+        if (!usable(kernel, one)) {
+          one = hopeless(basics, rows.floats(basics, panel + i, copy.data()), width, scale);
+          if (!std::isfinite(one.full)) throw NotFinite("items", panel + i);
+        }
         widen(found, one);
       }
       if (int8) {
@@ -185,8 +197,8 @@ void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64
   std::vector<float> turned(kernel.precision == Precision::int8 ? size_t(width) : 0);
   for (int64_t i = 0; i < group; ++i) {
     if (i < count) {
-      const float* q = queries + (first + i) * width;
-      if (!std::isfinite(basics.square(q, width))) throw NotFinite("queries", first + i);
+      const float* const original = queries + (first + i) * width;
+      const float* q = original;
       double scale = 1;
       if (!turned.empty()) {
         rotated(basics, q, width, turned.data());
@@ -196,6 +208,10 @@ void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64
       }
       int32_t sum;
       lengths[i] = row_units(kernel, q, width, scale, 128, one.get(), steps, &sum);
+      if (!usable(kernel, lengths[i])) {
+        lengths[i] = hopeless(basics, original, width, scale);
+        if (!std::isfinite(lengths[i].full)) throw NotFinite("queries", first + i);
+      }
     } else {
       std::memset(one.get(), 0, size_t(steps) * 4);
     }

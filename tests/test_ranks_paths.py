@@ -1,6 +1,7 @@
 """Every path of the C++ extension that this machine can run gives the numbers of the definition."""
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -108,9 +109,9 @@ def test_any_shape_and_size(path, rows, items, width, seed, log_q, log_x, mixed,
 def test_tiny_and_huge_numbers(path):
     """Subnormal numbers, which the instructions of the filters take for zero, and the end of float32."""
     rng = np.random.default_rng(0)
-    for low, high in ((-46, -37), (-44, -18), (17, 18)):
-        queries, items = ((rng.choice([-1, 1], (n, 9)) * 10.0 ** rng.uniform(low, high, (n, 9))).astype(np.float32)
-                          for n in (20, 300))
+    for low, high, shift in ((-46, -37, 0), (-44, -18, 0), (17, 18, 0), (0, 1, 35.5), (0, 1, -35.5), (17, 18, 17)):
+        queries, items = ((rng.choice([-1, 1], (n, 9)) * 10.0 ** (s + rng.uniform(low, high, (n, 9))))
+                          .astype(np.float32) for n, s in ((20, shift), (300, -shift)))
         targets = rng.integers(0, 300, 20)
         expected = target_ranks(queries, items, targets, path="torch")
         assert numbers(target_ranks(queries, items, targets, path=path)) == numbers(expected)
@@ -199,12 +200,20 @@ def test_catalogues_beyond_memory_are_packed_part_by_part(path, tmp_path, monkey
     queries = vectors(30, 24, 0)
     targets, seen = np.arange(30) * 100, csr_from_lists([[q, 4999] for q in range(30)])
     whole = target_ranks(queries, items, targets, seen=seen, path=path)
-    packed = []
+    sizes, alive = [], []
     monkeypatch.setattr(catalogue_module, "PART_BYTES", 1)
     real = catalogue_module.pack
-    monkeypatch.setattr(catalogue_module, "pack", lambda *args: packed.append(real(*args)) or packed[-1])
+
+    def pack(rows, path, begin, end, threads):
+        assert not any(reference() for reference in alive)  # the part before is gone
+        sizes.append(end - begin)
+        packed = real(rows, path, begin, end, threads)
+        alive.append(weakref.ref(packed))
+        return packed
+
+    monkeypatch.setattr(catalogue_module, "pack", pack)
     assert numbers(target_ranks(queries, mapped, targets, seen=seen, path=path)) == numbers(whole)
-    assert len(packed) == 5 and max(p.end - p.begin for p in packed) == 1024
+    assert sizes == [1024] * 4 + [904]
     assert_same(top_k(queries, mapped, 50, seen=seen, path=path), top_k(queries, items, 50, seen=seen, path="torch"))
 
 

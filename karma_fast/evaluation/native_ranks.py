@@ -78,6 +78,7 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
                 break
         if not len(still):
             break
+        del packed  # before the next part is made
     candidates = np.full(len(counts.score), end - begin, np.int64)
     if listed is not None:
         counts.leave_out(listed)
@@ -111,6 +112,7 @@ def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | No
             part = slice(start, start + size)
             out = None if listed is None else csr_rows(listed, start, start + size)
             packed.top_k(queries[part], out, scores[part], items[part], team)
+        del packed  # before the next part is made
     return scores, items
 
 

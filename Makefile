@@ -1,5 +1,6 @@
 # make setup   a virtual environment with everything, in .venv
 # make test    the tests
+# make sanitize   the C++ code and its tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make demo    train on MovieLens-100K and report, about 10 minutes on 2 cores
 # Settings: PYTHON=python3.12 (which interpreter), TORCH_ARGS="--index-url URL" (where torch alone comes from)
 
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # the Triton that torch 2.13.0 for CUDA asks for; its CPU build asks for none
 TORCH := torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
 
-.PHONY: setup test demo lint clean
+.PHONY: setup test sanitize demo lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 
 test: $(STAMP)
 	"$(BIN)/python" -m pytest
+
+sanitize: $(STAMP)
+	"$(BIN)/python" tests/sanitize.py
 
 demo: $(STAMP)
 	"$(BIN)/karma-fast" demo

@@ -166,7 +166,7 @@ void to_int8(const float* row, int64_t width, float scale, int shift, uint32_t* 
     int32_t total = 0;
     for (int i = 0; i < n; ++i) {
       const float near = x[i] * inverse + magic;
-      int32_t whole = int32_t(bits_of(near)) - 0x4b400000;
+      int32_t whole = int32_t(bits_of(near) - 0x4b400000u);
       whole = whole > 127 ? 127 : whole < -127 ? -127 : whole;
       total += whole;
       to[begin + i] = uint8_t(whole + shift);

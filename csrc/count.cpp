@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kQueries = 512;   // a task: enough that a block is worth fetching, and packing once more
 constexpr int64_t kRoom = 1 << 13;  // of the list of undecided pairs
 constexpr int64_t kPairs = 8;       // chains at a time
-constexpr int kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 4;
 
 // Defined scores of pairs that float32 in another order left undecided, and the counts that follow.
 class Chains {

@@ -75,7 +75,7 @@ struct Kernel {
 };
 
 extern const Kernel kPortable;
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // which has no target pragma for a file
 #define KARMA_X86 1
 extern const Kernel kAvx2, kAvx512, kAvx512Bfloat16, kAvx512Int8, kAmxBfloat16;
 #endif

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,7 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
+using Lists = std::pair<Array<int64_t>, Array<int64_t>>;  // list i: second[first[i]..first[i + 1]]
 using karma::Rows;
 
 [[noreturn]] void refuse(const std::string& text) { throw py::value_error(text); }
@@ -35,9 +38,12 @@ const karma::Basics& basics() { return *karma::kernels().front()->basics; }
 Rows rows_of(const py::array& x, const std::string& storage) {
   const bool wide = storage == "float32", half = storage == "float16";
   if (!wide && !half && storage != "bfloat16") refuse("storage: got '" + storage + "'");
-  const bool fits = wide ? py::isinstance<py::array_t<float>>(x) : x.itemsize() == 2;
-  if (!fits || x.ndim() != 2 || !(x.flags() & py::array::c_style))
-    refuse("items: contiguous rows of " + storage + " are needed");
+  const bool fits = wide   ? py::isinstance<py::array_t<float>>(x)
+                    : half ? x.dtype().equal(py::dtype("float16"))
+                           : py::isinstance<py::array_t<uint16_t>>(x);
+  constexpr int plain = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if (!fits || x.ndim() != 2 || (x.flags() & plain) != plain)
+    refuse("items: contiguous rows of " + storage + " are needed, bfloat16 as uint16");
   if (x.shape(1) < 1 || x.shape(1) > 65536) refuse("items: the width must be 1 to 65536");
   return {x.data(),
           wide   ? karma::Storage::float32
@@ -67,6 +73,27 @@ void check_lists(const char* name, const Array<int64_t>& first, int64_t lists, i
     refuse(std::string(name) + ": must rise from 0 to the number of entries, one more than there are queries");
 }
 
+void check_rising(const char* name, const Array<int64_t>& first, const Array<int64_t>& x) {
+  for (py::ssize_t list = 0; list + 1 < first.size(); ++list)
+    for (int64_t i = first.data()[list] + 1; i < first.data()[list + 1]; ++i)
+      if (x.data()[i - 1] >= x.data()[i]) refuse(std::string(name) + ": each list must rise");
+}
+
+// What is written must not be what is read, or written twice.
+void check_apart(const char* name, const py::array& written, std::initializer_list<const py::array*> others) {
+  const char* begin = static_cast<const char*>(written.data());
+  for (const py::array* other : others) {
+    const char* start = static_cast<const char*>(other->data());
+    if (begin < start + other->nbytes() && start < begin + written.nbytes())
+      refuse(std::string(name) + ": shares memory with another argument");
+  }
+}
+
+void check_scores(const Array<float>& score) {
+  for (py::ssize_t i = 0; i < score.size(); ++i)
+    if (!std::isfinite(score.data()[i])) refuse("score: target " + std::to_string(i) + " has none");
+}
+
 template <class T>
 void check_size(const char* name, const Array<T>& x, int64_t size) {
   if (x.ndim() != 1 || x.size() != size)
@@ -93,6 +120,10 @@ class Items {
     check_size("score", score, item.size());
     check_size("greater", greater, item.size());
     check_size("equal", equal, item.size());
+    check_inside("item", item, -1, rows_.count);
+    check_scores(score);
+    check_apart("greater", greater, {&queries, &first, &item, &score, &equal, &array_});
+    check_apart("equal", equal, {&queries, &first, &item, &score, &array_});
     if (begin < packed_->begin || begin > end || end > packed_->end)
       refuse("begin and end: must lie within what was packed");
     const karma::Targets targets{queries.shape(0), queries.data(), first.data(), item.data(), score.data()};
@@ -101,21 +132,26 @@ class Items {
     karma::count_ranks(*packed_, rows_, targets, begin, end, above, level, threads);
   }
 
-  void top_k(const Array<float>& queries, const py::object& left_out, Array<float> scores, Array<int64_t> items,
-             int threads) const {
+  void top_k(const Array<float>& queries, const std::optional<Lists>& left_out, Array<float> scores,
+             Array<int64_t> items, int threads) const {
     check_queries(queries, rows_.width);
     const bool fits = scores.ndim() == 2 && items.ndim() == 2 && scores.shape(0) == queries.shape(0) &&
                       items.shape(0) == scores.shape(0) && items.shape(1) == scores.shape(1) && scores.shape(1) >= 1;
     if (!fits) refuse("scores and items: (queries, k) is needed");
     if (packed_->end - packed_->begin > 0xffffffff) refuse("items: more than 2^32 at a time; give them in parts");
+    check_apart("scores", scores, {&queries, &items, &array_});
+    check_apart("items", items, {&queries, &array_});
     const karma::Best best{queries.shape(0), scores.shape(1), scores.mutable_data(), items.mutable_data()};
-    Array<int64_t> first, listed;
-    if (!left_out.is_none()) {
-      std::tie(first, listed) = left_out.cast<std::pair<Array<int64_t>, Array<int64_t>>>();
+    const int64_t *firsts = nullptr, *out = nullptr;
+    if (left_out) {
+      const auto& [first, listed] = *left_out;
       check_lists("left_out", first, queries.shape(0), listed.size());
+      check_rising("left_out", first, listed);
+      check_apart("scores", scores, {&first, &listed});
+      check_apart("items", items, {&first, &listed});
+      firsts = first.data();
+      out = listed.data();
     }
-    const int64_t* firsts = left_out.is_none() ? nullptr : first.data();
-    const int64_t* out = left_out.is_none() ? nullptr : listed.data();
     const py::gil_scoped_release release;
     karma::top_k(*packed_, rows_, queries.data(), firsts, out, best, threads);
   }
@@ -137,9 +173,15 @@ void count_listed(const py::array& rows, const std::string& storage, double long
   check_lists("targets", first, queries.shape(0), item.size());
   check_lists("listed", first_listed, queries.shape(0), listed.size());
   check_inside("listed", listed, 0, items.count);
+  check_inside("item", item, -1, items.count);
+  check_apart("greater", greater, {&rows, &first_listed, &listed});
+  check_apart("equal", equal, {&rows, &first_listed, &listed});
   check_size("score", score, item.size());
   check_size("greater", greater, item.size());
   check_size("equal", equal, item.size());
+  check_scores(score);
+  check_apart("greater", greater, {&queries, &first, &item, &score, &equal});
+  check_apart("equal", equal, {&queries, &first, &item, &score});
   const karma::Targets targets{queries.shape(0), queries.data(), first.data(), item.data(), score.data()};
   int64_t *above = greater.mutable_data(), *level = equal.mutable_data();
   const py::gil_scoped_release release;
@@ -159,14 +201,18 @@ std::pair<Array<int64_t>, Array<int64_t>> left_out(const Array<int64_t>& first_s
   kept.reserve(size_t(seen.size()));
   int64_t* start = starts.mutable_data();
   start[0] = 0;
-  for (int64_t q = 0; q < queries; ++q) {
-    one.assign(seen.data() + first_seen.data()[q], seen.data() + first_seen.data()[q + 1]);
-    std::sort(one.begin(), one.end());
-    one.erase(std::unique(one.begin(), one.end()), one.end());
-    const int64_t *own = item.data() + first.data()[q], *last = item.data() + first.data()[q + 1];
-    for (const int64_t x : one)
-      if (std::find(own, last, x) == last) kept.push_back(x);
-    start[q + 1] = int64_t(kept.size());
+  const int64_t *lists = first_seen.data(), *items = seen.data(), *owns = first.data(), *targets = item.data();
+  {
+    const py::gil_scoped_release release;
+    for (int64_t q = 0; q < queries; ++q) {
+      one.assign(items + lists[q], items + lists[q + 1]);
+      std::sort(one.begin(), one.end());
+      one.erase(std::unique(one.begin(), one.end()), one.end());
+      const int64_t *own = targets + owns[q], *last = targets + owns[q + 1];
+      for (const int64_t x : one)
+        if (std::find(own, last, x) == last) kept.push_back(x);
+      start[q + 1] = int64_t(kept.size());
+    }
   }
   return {starts, Array<int64_t>(py::ssize_t(kept.size()), kept.data())};
 }
@@ -218,11 +264,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("nbytes", [](const Items& x) { return x.packed().bytes(); })
       .def_property_readonly("longest", [](const Items& x) { return x.packed().most().full; })
       .def_property_readonly("error", [](const Items& x) { return x.packed().most().error; })
-      .def("count", &Items::count, py::arg("queries"), py::arg("first").noconvert(), py::arg("item").noconvert(),
-           py::arg("score").noconvert(), py::arg("begin"), py::arg("end"), py::arg("greater").noconvert(),
-           py::arg("equal").noconvert(), py::arg("threads"))
-      .def("top_k", &Items::top_k, py::arg("queries").noconvert(), py::arg("left_out"), py::arg("scores").noconvert(),
-           py::arg("items").noconvert(), py::arg("threads"));
+      .def("count", &Items::count, py::arg("queries").noconvert(), py::arg("first").noconvert(),
+           py::arg("item").noconvert(), py::arg("score").noconvert(), py::arg("begin"), py::arg("end"),
+           py::arg("greater").noconvert(), py::arg("equal").noconvert(), py::arg("threads"))
+      .def("top_k", &Items::top_k, py::arg("queries").noconvert(), py::arg("left_out").noconvert(),
+           py::arg("scores").noconvert(), py::arg("items").noconvert(), py::arg("threads"));
   m.def("count_listed", &count_listed, py::arg("rows"), py::arg("storage"), py::arg("longest"),
         py::arg("queries").noconvert(), py::arg("first").noconvert(), py::arg("item").noconvert(),
         py::arg("score").noconvert(), py::arg("first_listed").noconvert(), py::arg("listed").noconvert(),

@@ -125,7 +125,7 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
     Units panel;
     std::vector<float> copy, turned;
   };
-  std::vector<Scratch> scratches(size_t(std::max(threads, 1)));
+  std::vector<Scratch> scratches(size_t(std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1))));
   parallel(count, threads, [&](int64_t b, int thread) {
     Scratch& scratch = scratches[size_t(thread)];
     if (!scratch.panel) {

@@ -48,8 +48,8 @@ void parallel(int64_t tasks, int threads, const Work& work) {
   std::vector<std::thread> team;
   try {
     for (int i = 0; i < others; ++i) team.emplace_back(run, i + 1);
-  } catch (const std::system_error&) {
-    // no more threads to be had: those that are there do it
+  } catch (const std::exception&) {
+    // no more threads, or no memory for one, to be had: those that are there do it
   }
   run(0);
   for (std::thread& t : team) t.join();

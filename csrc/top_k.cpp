@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kGroups = 20;           // of queries a task
 constexpr int64_t kPoolBytes = 64 << 20;  // of their candidates
 constexpr int64_t kRoom = 1 << 12;
-constexpr int kTasksPerThread = 2;
+constexpr int64_t kTasksPerThread = 2;
 
 // A score and an item as one number: the higher score is the larger number, and of equal scores the lower item.
 using Key = uint64_t;
@@ -289,11 +289,11 @@ class Task {
 void top_k(const Packed& packed, const Rows& rows, const float* queries, const int64_t* first, const int64_t* left_out,
            const Best& best, int threads) {
   const int64_t k = std::min(best.k, packed.end - packed.begin);
+  if (best.queries == 0 || packed.blocks.empty()) return;
   const int64_t group_bytes = packed.kernel.group * Pool::most(k) * int64_t(sizeof(Key) + sizeof(uint32_t));
   const int64_t groups = std::max<int64_t>(1, std::min(kGroups, kPoolBytes / group_bytes));
   const int64_t chunk = groups * packed.kernel.group, chunks = (best.queries + chunk - 1) / chunk;
   const int64_t blocks = int64_t(packed.blocks.size());
-  if (chunks == 0 || blocks == 0) return;
   const int64_t parts = std::max<int64_t>(1, std::min(blocks, (kTasksPerThread * threads + chunks - 1) / chunks));
   std::mutex guard;
   parallel(chunks * parts, threads, [&](int64_t number, int) {

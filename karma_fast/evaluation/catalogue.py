@@ -128,6 +128,6 @@ def check_path(path: str) -> None:
 
 def thread_count(threads: int) -> int:
     """0 means torch's own number, so that both together do not ask for more than there is."""
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
-        raise ValueError(f"threads: got {threads!r}; 0 or a positive number is needed")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads < 2**31:
+        raise ValueError(f"threads: got {threads!r}; 0 or a positive number below 2**31 is needed")
     return threads or torch.get_num_threads()

@@ -10,6 +10,7 @@ import numpy as np
 from .catalogue import Catalogue, count_path, native, thread_count, top_k_path
 from .counting import Targets, within
 from .csr import Csr, csr_rows
+from .rows import check_finite
 from .scores import check_overflow, norms
 
 STEP = 100 * 10**9  # products a thread between two looks at the progress bar, at Ctrl-C and at who is done: 1 to 2 s
@@ -25,6 +26,9 @@ class Counts:
         self.threads = thread_count(threads)
         self.query = targets.query
         self.score = native.pair_scores(queries, rows.array, rows.storage, self.query, targets.item, self.threads)
+        if not np.isfinite(self.score).all():  # no part of the catalogue that is counted need hold the targets
+            check_finite("items", rows)
+            check_overflow(np.inf)
         self.greater, self.equal = np.zeros((2, len(self.score)), np.int64)
         self.longest_query = longest(queries)
         self.longest_item = 0.0

@@ -7,6 +7,7 @@ target never counts itself, and copies of an item always tie.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
     if seen is not None:
         seen = check_csr("seen", seen, len(users), len(catalogue))
     span = check_range_of(item_range, len(catalogue))
-    if largest_k is not None and (isinstance(largest_k, bool) or int(largest_k) != largest_k or largest_k < 1):
+    whole = isinstance(largest_k, (int, np.integer)) and not isinstance(largest_k, bool)
+    if largest_k is not None and not (whole and 1 <= largest_k < 2**62):
         raise ValueError(f"largest_k: got {largest_k!r}; a whole number >= 1 is needed")
     thread_count(threads)
     with Bar(progress, span[1] - span[0]) as bar:
@@ -214,7 +216,10 @@ def check_tensors(queries: torch.Tensor, items: torch.Tensor) -> None:
 def check_range_of(item_range: Any, num_items: int) -> tuple[int, int]:
     if item_range is None:
         return 0, num_items
-    start, stop = (int(x) for x in item_range)
+    try:
+        start, stop = (operator.index(x) for x in item_range)
+    except (TypeError, ValueError):
+        raise ValueError(f"item_range: got {item_range!r}; two whole numbers (start, stop) are needed") from None
     if not 0 <= start <= stop <= num_items:
         raise ValueError(f"item_range: got {tuple(item_range)}; 0 <= start <= stop <= {num_items} is needed")
     return start, stop

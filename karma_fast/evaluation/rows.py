@@ -55,9 +55,13 @@ class Rows:
         if array is None:
             tensor = tensor.contiguous()
             array = tensor.view(torch.uint16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
+        if array.dtype.name == "bfloat16":  # of the package ml_dtypes
+            array = array.view(np.uint16)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
-        return cls(np.ascontiguousarray(array), DTYPES[dtype])
+        array = np.require(array, requirements=["C", "ALIGNED"])
+        # one row may still run backwards, which torch does not take
+        return cls(array.copy() if min(array.strides) < 0 else array, DTYPES[dtype])
 
 
 def check_finite(name: str, rows: Rows) -> None:

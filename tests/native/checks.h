@@ -1,5 +1,5 @@
-// What a kernel finds, compared with scores computed one by one with fmaf. Arrays are allocated to their exact size, so
-// that a sanitizer sees every read and write beyond them.
+// What a kernel finds, compared with scores computed one by one with fmaf. Arrays are allocated to their exact size,
+// so that a sanitizer sees every read and write beyond them.
 #pragma once
 
 #include <algorithm>
@@ -27,8 +27,8 @@ inline void require(bool holds, const char* what, const char* kernel) {
 inline float half_value(uint16_t bits, bool bfloat) {
   const int digits = bfloat ? 7 : 10, bias = bfloat ? 127 : 15;
   const int power = (bits & 0x7fff) >> digits, fraction = bits & ((1 << digits) - 1);
-  const double size = power ? std::ldexp(fraction + (1 << digits), power - bias - digits)
-                            : std::ldexp(fraction, 1 - bias - digits);
+  const double size =
+      power ? std::ldexp(fraction + (1 << digits), power - bias - digits) : std::ldexp(fraction, 1 - bias - digits);
   return float(bits & 0x8000 ? -size : size);
 }
 
@@ -49,7 +49,9 @@ class Data {
       uint32_t bits;
       std::memcpy(&bits, &x, 4);
       // small numbers of either format: the exponents of bfloat16 are cut to those near 1
-      const uint16_t half = uint16_t(shape.coarse ? (x < 0 ? 0x8000 : 0) | (x == 0 ? 0 : bfloat ? 0x3f80 : 0x3c00)
+      const uint16_t half = uint16_t(shape.coarse ? (x < 0 ? 0x8000 : 0) | (x == 0   ? 0
+                                                                            : bfloat ? 0x3f80
+                                                                                     : 0x3c00)
                                      : bfloat     ? bits >> 16
                                                   : bits >> 14 & 0xbfff);
       values_.push_back(wide ? x : half_value(half, bfloat));
@@ -87,9 +89,7 @@ class Data {
                               left_out.begin() + left_first[size_t(query) + 1], row);
   }
 
-  karma::Targets targets() const {
-    return {shape.queries, vectors.data(), first.data(), item.data(), score.data()};
-  }
+  karma::Targets targets() const { return {shape.queries, vectors.data(), first.data(), item.data(), score.data()}; }
 
   const Shape shape;
   karma::Rows rows;
@@ -163,15 +163,17 @@ inline void check_top_k(const karma::Kernel& kernel, const Data& data, int64_t k
       if (!some_left_out || !data.is_left_out(q, i)) order.push_back({-data.defined(q, i), i});
     std::sort(order.begin(), order.end());
     order.resize(size_t(k), {INFINITY, -1});
-    for (int64_t i = 0; i < k; ++i)
-      require(scores[size_t(q * k + i)] == -order[size_t(i)].first && items[size_t(q * k + i)] == order[size_t(i)].second,
-              "the k best", kernel.name);
+    for (size_t i = 0, at = size_t(q * k); i < size_t(k); ++i, ++at)
+      require(scores[at] == -order[i].first && items[at] == order[i].second, "the k best", kernel.name);
   }
 }
 
 inline void check_pairs(const karma::Kernel& kernel, const Data& data, int threads) {
   std::vector<int64_t> query, item;
-  for (int64_t p = 0; p < 700; ++p) query.push_back(p * 31 % data.shape.queries), item.push_back(p * 17 % data.shape.items);
+  for (int64_t p = 0; p < 700; ++p) {
+    query.push_back(p * 31 % data.shape.queries);
+    item.push_back(p * 17 % data.shape.items);
+  }
   std::vector<float> out(query.size());
   karma::pair_scores(*kernel.basics, data.vectors.data(), data.rows, int64_t(query.size()), query.data(), item.data(),
                      out.data(), threads);
@@ -182,9 +184,10 @@ inline void check_pairs(const karma::Kernel& kernel, const Data& data, int threa
 // Everything, on shapes with panels, groups and blocks that are not full.
 inline void check_kernel(const karma::Kernel& kernel, int threads) {
   const auto wide = karma::Storage::float32, half = karma::Storage::float16, bfloat = karma::Storage::bfloat16;
-  const Shape shapes[] = {{1, 1, 1, 1, wide, true},     {3, 40, 5, 2, half, false},    {29, 290, 33, 1, bfloat, false},
-                          {40, 33, 70, 3, wide, false}, {9, 4200, 3, 0, wide, true},   {13, 130, 300, 2, half, true},
-                          {5, 70, 1030, 1, wide, false}, {70, 600, 16, 40, wide, false}};
+  const Shape shapes[] = {{1, 1, 1, 1, wide, true},        {3, 40, 5, 2, half, false},
+                          {29, 290, 33, 1, bfloat, false}, {40, 33, 70, 3, wide, false},
+                          {9, 4200, 3, 0, wide, true},     {13, 130, 300, 2, half, true},
+                          {5, 70, 1030, 1, wide, false},   {70, 600, 16, 40, wide, false}};
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
     const Data data(shape, ++seed);

@@ -1,5 +1,6 @@
-// All of csrc but the Python module, for the sanitizers: every kernel of this machine, several callers at once, numbers
-// that cannot be ranked, and memory that runs out. No interpreter takes part, so all code that runs is instrumented.
+// All of csrc but the Python module, for the sanitizers: every kernel of this machine, several callers at once,
+// numbers that cannot be ranked, and memory that runs out. No interpreter takes part, so all code that runs is
+// instrumented.
 #include "checks.h"
 
 #include <atomic>

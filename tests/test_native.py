@@ -1,0 +1,57 @@
+"""The C++ code without Python: under sanitizers, and AMX by a software model of its instructions."""
+
+import os
+import re
+import subprocess
+from collections import Counter
+
+import pytest
+import sanitize
+
+CANNOT_RUN = 77  # the exit status of a program that this CPU cannot run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.mark.parametrize("name", sanitize.SANITIZERS)
+def test_sanitizers_find_nothing(name, folder):
+    """All kernels of this CPU, threads, bad numbers and memory that runs out; `make sanitize` does more."""
+    flags = sanitize.SANITIZERS[name]
+    reason = sanitize.missing(flags, folder)
+    if reason:
+        pytest.skip(reason)
+    place = folder / name
+    place.mkdir()
+    # leaks are looked for by `make sanitize`: that needs rights that containers may not give
+    out = sanitize.run([str(sanitize.program(sanitize.NATIVE / "sanitize.cpp", place, flags))],
+                       ASAN_OPTIONS="detect_leaks=0")
+    assert "portable" in out.split()
+
+
+def test_amx_bf16_by_a_software_model_of_its_instructions(folder):
+    """The machine code of kernel_amx.cpp runs, but its AMX instructions are done by tests/native/tile_model.h.
+
+    So this checks shapes, strides, operands and what is done with the sums, against what Intel's manual says of the
+    instructions; the instructions themselves run only on a CPU that has them, where test_ranks_paths covers the path
+    amx_bf16 by itself and this test runs without the model.
+    """
+    flags = ["-O3", "-DNDEBUG"]
+    reason = sanitize.missing(flags, folder) or ("" if os.uname().machine == "x86_64" else "AMX is of x86")
+    if reason:
+        pytest.skip(reason)
+    built = sanitize.program(sanitize.NATIVE / "amx.cpp", folder, flags)
+    done = subprocess.run([built], capture_output=True, text=True)
+    if done.returncode == CANNOT_RUN:
+        pytest.skip(f"the code around the AMX instructions does not run here: {done.stdout}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("software model", "the CPU's own instructions")
+
+    listing = sanitize.run(["objdump", "-d", "--no-show-raw-insn", str(folder / "amx-objects/kernel_amx.o")])
+    found = [tuple(map(int, x)) for x in re.findall(r"tdpbf16ps %tmm(\d),%tmm(\d),%tmm(\d)", listing)]
+    # second factor (items), first factor (queries), sum: 2 x 2 tiles
+    assert found == [(6, 4, 0), (7, 4, 1), (6, 5, 2), (7, 5, 3)]
+    names = Counter(re.findall(r"\b(ldtilecfg|tilerelease|tilezero|tileloadd|tilestored)\b", listing))
+    assert names == {"ldtilecfg": 1, "tilerelease": 1, "tilezero": 4, "tileloadd": 4, "tilestored": 4}

@@ -2,7 +2,7 @@
 
 A document holds a pair of comments, ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``; what is between them is
 replaced by the table. NAME is that of a results file without .json, for all its cases with the best alternative to
-each, or FILE:CASE, for everything that was measured on one case.
+each, or FILE:CASE, for everything that was measured on one case. Of ranking there is FILE:short, with fewer columns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import RESULTS, ROOT
 
+SHORT = "short"
 OURS, MINE = "karma auto", "karma "
 BLOCK = re.compile(r"(<!-- benchmark:(?P<name>\S+) -->).*?(<!-- /benchmark -->)", re.DOTALL)
 
@@ -172,6 +173,8 @@ def table_for(name: str, files: dict[str, dict]) -> str:
         (ranking.device_table, ranking.case_table)
     if not case:
         return of_device(files[file])
+    if case == SHORT and of_case is ranking.case_table:
+        return ranking.summary_table(files[file])
     cases = list(dict.fromkeys(r["case"] for r in files[file]["records"]))
     if case not in cases:
         raise ValueError(f"benchmark:{name}: {file}.json has no such case; it has {cases}")

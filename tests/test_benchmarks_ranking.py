@@ -404,6 +404,13 @@ def test_table_of_a_device():
         "Every time is" in text
 
 
+def test_short_table_of_a_device():
+    text = tables.table_for("one:short", {"one": RESULTS})
+    assert "| 24 × 700 × 16 | 10 | 20 (torch matmul + topk) | 2.00x faster | 3.00x faster | 54% | 0.5 | " \
+           "**1.25x slower** |" in text
+    assert "Test CPU 9" in text.splitlines()[0] and "Every time is" in text.splitlines()[-1]
+
+
 def test_table_without_a_packed_catalogue():
     only = [r for r in RESULTS["records"] if r["implementation"] not in ("karma auto", "karma avx2")]
     text = ranking_tables.device_table(RESULTS | {"records": only})

@@ -124,6 +124,20 @@ def variants_table(results: dict) -> tuple[list[list[str]], list[str]]:
     return table, slower
 
 
+def summary_table(results: dict) -> str:
+    """The same in one table, for a page that has others."""
+    table = [["queries × items × width", "ours, ms", "best exact alternative, ms", "ours is", "than faiss",
+              "of fp32 peak", "packing, ms", "packing included"]]
+    for case in cases_of(results):
+        found, other = of_case(results, case), best_alternative(results, case)
+        r, faiss = ours_of(found), found.get(FAISS)
+        if r is not None:
+            table.append([label(r), milliseconds(r), f"{milliseconds(other)} ({other['implementation']})" if other
+                          else "-", compare(r, other), against(r, faiss if faiss and right(faiss) else None),
+                          percent(r["peak_fraction"]), packing(r), against(found.get(PACKING), other)])
+    return "\n\n".join([about(results), rows_of(filled(table)), explained(results)])
+
+
 def device_table(results: dict) -> str:
     (ranks, slower), (variants, slower_packing) = ranks_table(results), variants_table(results)
     text = [verdict(slower, len(ranks) - 1)]

@@ -100,7 +100,7 @@ void to_float(karma::Storage from, const void* row, int64_t width, float* out) {
   }
 }
 
-// Not below the sum of squares, and above it by less than a part in 1000.
+// Not below the sum of squares, and above it by less than width + 64 parts in 2^22.
 double square(const float* row, int64_t width) {
   const float quick = dot(row, row, width);
   // numbers whose squares vanish in float32 are then too small to matter beside the sum

@@ -13,9 +13,10 @@ namespace karma {
 
 namespace {
 
-constexpr int64_t kQueries = 512;   // a task: enough that a block is worth fetching, and packing once more
-constexpr int64_t kRoom = 1 << 13;  // of the list of undecided pairs
-constexpr int64_t kPairs = 8;       // chains at a time
+constexpr int64_t kQueries = 512;       // a task: enough that a block is worth fetching, and the crowded packing it
+constexpr int64_t kRoom = 1 << 13;      // of the list of undecided pairs
+constexpr int64_t kMostRoom = 1 << 20;  // a group with more targets than fit in this goes to the exact kernel
+constexpr int64_t kPairs = 8;           // chains at a time
 constexpr int64_t kTasksPerThread = 4;
 
 // Defined scores of pairs that float32 in another order left undecided, and the counts that follow.
@@ -98,6 +99,10 @@ class Task {
     lengths_.resize(size_t(groups_ * kernel_.group));
     for (int64_t g = 0; g < groups_; ++g)
       packed_queries_[size_t(g)] = pack_queries(kernel_, g, &lengths_[size_t(g * kernel_.group)]);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t mine = targets.first[first_of(g + 1)] - targets.first[first_of(g)];
+      if (!kernel_.exact && exact_ && mine * kPanel > kMostRoom) crowd(g);
+    }
     const double longest = packed.most().full;
     for (size_t i = 0; i < count; ++i) {
       const double goal = targets.score[first_target_ + int64_t(i)];
@@ -227,10 +232,13 @@ class Task {
       listed += job.listed;
     }
     const double pairs = double(end - begin) * double(last - first);
-    if (exact_ && double(listed) > worthwhile_share(double(packed_.width)) * pairs) {
-      std::vector<Lengths> unused(size_t(exact_->group));
-      exact_queries_[size_t(g)] = pack_queries(*exact_, g, unused.data());
-    }
+    if (exact_ && double(listed) > worthwhile_share(double(packed_.width)) * pairs) crowd(g);
+  }
+
+  // From now on the exact kernel has group g.
+  void crowd(int64_t g) {
+    std::vector<Lengths> unused(size_t(exact_->group));
+    exact_queries_[size_t(g)] = pack_queries(*exact_, g, unused.data());
   }
 
   // Pairs within the margin of a filter: float32 decides nearly all of them.

@@ -13,7 +13,6 @@ struct Targets {
   const int64_t* first;  // (queries + 1): targets of each query
   const int64_t* item;   // a target; an item that is not counted against it, -1 for none
   const float* score;    // a target: the defined score to compare with
-  int64_t count() const { return first[queries]; }
 };
 
 // Adds to greater and equal, for every target, the items from begin to end, all within `packed`, with a higher and

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -197,7 +198,7 @@ std::pair<Array<int64_t>, Array<int64_t>> left_out(const Array<int64_t>& first_s
   check_lists("seen", first_seen, queries, seen.size());
   check_inside("seen", seen, 0, num_items);
   Array<int64_t> starts(queries + 1);
-  std::vector<int64_t> kept, one;
+  std::vector<int64_t> kept, one, own;
   kept.reserve(size_t(seen.size()));
   int64_t* start = starts.mutable_data();
   start[0] = 0;
@@ -208,9 +209,9 @@ std::pair<Array<int64_t>, Array<int64_t>> left_out(const Array<int64_t>& first_s
       one.assign(items + lists[q], items + lists[q + 1]);
       std::sort(one.begin(), one.end());
       one.erase(std::unique(one.begin(), one.end()), one.end());
-      const int64_t *own = targets + owns[q], *last = targets + owns[q + 1];
-      for (const int64_t x : one)
-        if (std::find(own, last, x) == last) kept.push_back(x);
+      own.assign(targets + owns[q], targets + owns[q + 1]);
+      std::sort(own.begin(), own.end());
+      std::set_difference(one.begin(), one.end(), own.begin(), own.end(), std::back_inserter(kept));
       start[q + 1] = int64_t(kept.size());
     }
   }
@@ -257,13 +258,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Items>(m, "Items")
       .def(py::init<py::array, const std::string&, const std::string&, int64_t, int64_t, int>(), py::arg("rows"),
            py::arg("storage"), py::arg("path"), py::arg("begin"), py::arg("end"), py::arg("threads"))
-      .def_property_readonly("path", [](const Items& x) { return x.packed().kernel.name; })
       .def_property_readonly("begin", [](const Items& x) { return x.packed().begin; })
       .def_property_readonly("end", [](const Items& x) { return x.packed().end; })
       .def_property_readonly("block_items", [](const Items& x) { return x.packed().block_items(); })
       .def_property_readonly("nbytes", [](const Items& x) { return x.packed().bytes(); })
       .def_property_readonly("longest", [](const Items& x) { return x.packed().most().full; })
-      .def_property_readonly("error", [](const Items& x) { return x.packed().most().error; })
       .def("count", &Items::count, py::arg("queries").noconvert(), py::arg("first").noconvert(),
            py::arg("item").noconvert(), py::arg("score").noconvert(), py::arg("begin"), py::arg("end"),
            py::arg("greater").noconvert(), py::arg("equal").noconvert(), py::arg("threads"))

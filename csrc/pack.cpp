@@ -56,8 +56,8 @@ Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double 
   found.error = std::sqrt(squares[2]);
   found.scale = scale;
   if (kernel.precision == Precision::int8) {
-    // Each of at most 2 * 17 rounds of the rotation rounds every number once, the shrinking twice; scaling and
-    // subtracting in to_int8 round by less than 7 parts in 2^24 of the row.
+    // Roundings of a number: 15 sums or differences and 2 of the shrinking, twice (or 16 and 2, once), and 3 in
+    // to_int8.
     const double slack = 48 * 0x1p-24 * found.full;
     found.full += slack;
     found.stored += slack;
@@ -69,12 +69,23 @@ Lengths row_units(const Kernel& kernel, const float* row, int64_t width, double 
 // Lengths for a row that a kernel has no good copy of: rotated, it may overflow or lose bits. The bound then leaves
 // every pair to float32.
 Lengths hopeless(const Basics& basics, const float* row, int64_t width, double scale) {
-  return {std::sqrt(basics.square(row, width)), 1e41, kHopeless, scale};  // stored: longer than any copy
+  const double full = std::sqrt(basics.square(row, width));
+  if (full == 0) return {0, 0, 0, scale};
+  return {full, 1e41, kHopeless, scale};  // stored: longer than any copy
 }
 
 bool usable(const Kernel& kernel, const Lengths& one) {
   if (kernel.precision != Precision::int8) return std::isfinite(one.full);
-  return one.full == 0 || (one.full >= kSmallest && one.full <= kLargest);
+  return one.full >= kSmallest && one.full <= kLargest;
+}
+
+// kPanel rows -> out[unit][row]. Line by line: rows often lie powers of two apart, where a cache holds few at a time.
+template <class Unit>
+void transpose(const Unit* const* rows, int64_t units, Unit* out) {
+  constexpr int64_t line = 16;
+  for (int64_t first = 0; first < units; first += line)
+    for (int64_t i = 0; i < kPanel; ++i)
+      for (int64_t s = first; s < std::min(first + line, units); ++s) out[s * kPanel + i] = rows[i][s];
 }
 
 void widen(Lengths& most, const Lengths& one) {
@@ -165,8 +176,9 @@ Packed::Packed(const Kernel& k, const Rows& rows, int64_t first, int64_t last, i
       if (int8) {
         for (int i = 0; i < kPanel; ++i) *out++ = uint32_t(-128 * sums[i]);
       }
-      for (int64_t s = 0; s < steps; ++s)
-        for (int i = 0; i < kPanel; ++i) *out++ = one_panel[i * steps + s];
+      const uint32_t* units[kPanel];
+      for (int64_t i = 0; i < kPanel; ++i) units[i] = one_panel + i * steps;
+      transpose(units, steps, out);
     }
     found.scale = scale;
   });
@@ -184,9 +196,7 @@ void pack_exact(const Kernel& kernel, const Rows& rows, int64_t first, int64_t l
   for (int64_t i = 0; i < kPanel; ++i)
     row[i] = rows.floats(*kernel.basics, std::min(first + i, last - 1),
                          copies.empty() ? nullptr : &copies[size_t(i * rows.width)]);
-  float* to = reinterpret_cast<float*>(out);
-  for (int64_t d = 0; d < rows.width; ++d)
-    for (int i = 0; i < kPanel; ++i) *to++ = row[i][d];
+  transpose(row, rows.width, reinterpret_cast<float*>(out));
 }
 
 void pack_group(const Kernel& kernel, const float* queries, int64_t first, int64_t count, int64_t width, uint32_t* out,

@@ -53,7 +53,7 @@ class ItemIndex:
         self._vectors = self._index = None
         faiss = _faiss(kind)
         if faiss is None:
-            self._vectors = Catalogue(vectors)
+            self._vectors = Catalogue(np.array(vectors))  # a copy: the caller's may change
             return
         if kind == "flat":
             index = faiss.IndexFlatIP(self.width)

@@ -125,6 +125,45 @@ def test_tiny_and_huge_numbers(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_rows_that_vanish_when_they_are_rotated(path):
+    """A few of the smallest numbers there are, against queries so large that they count."""
+    rng = np.random.default_rng(0)
+    items = np.where(rng.random((400, 256)) < 0.03, np.float32(1.4e-45), np.float32(0)).astype(np.float32)
+    queries = (vectors(40, 256, 1) * 1e20).astype(np.float32)
+    targets = np.arange(40)
+    expected = target_ranks(queries, items, targets, path="torch")
+    assert (expected.greater > 0).any()
+    assert numbers(target_ranks(queries, items, targets, path=path)) == numbers(expected)
+    assert numbers(target_ranks(items[:40], queries, targets, path=path)) == \
+        numbers(target_ranks(items[:40], queries, targets, path="torch"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_more_targets_than_a_list_holds(path):
+    queries, items = vectors(2, 4, 0, True), vectors(40_000, 4, 1, True)
+    targets = ([0, 40_000, 40_001], np.append(np.arange(40_000), 7))
+    found = target_ranks(queries, items, targets, path=path)
+    scores = queries.astype(np.float64) @ items.T
+    ordered = np.sort(-scores[0])
+    above = np.searchsorted(ordered, -scores[0], side="left")
+    assert np.array_equal(found.greater[:-1], above)
+    assert np.array_equal(found.ties[:-1], np.searchsorted(ordered, -scores[0], side="right") - above - 1)
+    assert found.greater[-1] == (scores[1] > scores[1, 7]).sum()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("largest_k", [None, 20])
+def test_slices_of_queries_change_nothing(path, largest_k, monkeypatch):
+    queries, items = vectors(100, 12, 0), vectors(3000, 12, 1)
+    targets, seen = csr_from_lists([[q, q + 9][:1 + q % 2] for q in range(100)]), csr_from_lists([[5]] * 100)
+    expected = target_ranks(queries, items, targets, seen=seen, path=path, largest_k=largest_k)
+    for name, value in (("SLICE", 7), ("STEP", 1), ("FIRST_ITEMS", 64)):
+        monkeypatch.setattr(native_ranks, name, value)
+    found = target_ranks(queries, items, targets, seen=seen, path=path, largest_k=largest_k, threads=1)
+    assert numbers(found) == numbers(expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_collapsed_model_is_in_the_middle(path):
     same = np.tile(vectors(1, 33, 0), (3001, 1))
     found = target_ranks(same[:20], same, range(20), path=path)
@@ -259,9 +298,10 @@ def test_crowded_and_sparse_targets_together(path):
 
 def test_few_queries_are_not_worth_a_filter():
     items, queries = vectors(3000, 64, 1), vectors(100, 64, 0)
-    exact = next(name for name, meaning in paths().items() if meaning == "exact" or name == "portable")
+    quick = next((name for meaning in ("bfloat16", "exact") for name in PATHS if paths()[name] == meaning), PATHS[0])
     once = Catalogue.passing(items)
-    assert catalogue_module.count_path(once, 3, "auto") == exact
+    assert catalogue_module.count_path(once, 3, "auto") == quick
+    assert catalogue_module.top_k_path(once, 3, 1, "auto") == quick
     assert catalogue_module.count_path(once, 100, "auto") == PATHS[0]
     catalogue = Catalogue(items)
     target_ranks(queries[:3], catalogue, [0, 1, 2])

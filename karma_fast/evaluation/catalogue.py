@@ -102,21 +102,29 @@ def pack(rows: Rows, path: str, begin: int, end: int, threads: int) -> Any:
 
 
 def count_path(catalogue: Catalogue, queries: int, path: str) -> str:
-    """The fastest path; for few queries and a catalogue that is used once, one whose packing is quick."""
-    known = paths()
+    """The fastest path; for few queries and a catalogue that is used once, the one that packs fastest."""
     if path != "auto":
         return path
-    exact = (name for name, meaning in known.items() if meaning == "exact" and queries < FEW and not catalogue.kept)
-    return next(exact, next(iter(known)))
+    quick = queries < FEW and not catalogue.kept
+    return first_of("bfloat16", "exact") if quick else first_of()
 
 
-def top_k_path(catalogue: Catalogue, k: int, path: str) -> str:
-    """A filter pays once the catalogue is large against k: until then most of the time goes into the candidates."""
-    known = paths()
+def top_k_path(catalogue: Catalogue, queries: int, k: int, path: str) -> str:
+    """Likewise. A filter pays once the catalogue is large against k: until then most of the time goes into the
+    candidates."""
     if path != "auto":
         return path
-    exact = (name for name, meaning in known.items() if meaning == "exact" and len(catalogue) < SHALLOW * k)
-    return next(exact, next(iter(known)))
+    return first_of("exact") if len(catalogue) < SHALLOW * k else count_path(catalogue, queries, path)
+
+
+def first_of(*meanings: str) -> str:
+    """The first path that computes in the first of these that any path computes in; else the first path."""
+    known = paths()
+    for meaning in meanings:
+        for name in known:
+            if known[name] == meaning:
+                return name
+    return next(iter(known))
 
 
 def check_path(path: str) -> None:

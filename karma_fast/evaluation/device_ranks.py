@@ -14,7 +14,7 @@ from .counting import Targets, left_out
 from .csr import Csr
 from .scores import check_overflow
 
-PAIRS = 1 << 18  # worked on together
+PAIRS = 1 << 18  # of an item and a target, worked on together
 NUMBERS = 1 << 22  # as float64 together
 
 
@@ -35,11 +35,12 @@ def count(queries: Tensor, items: Tensor, targets: Targets, seen: Csr | None, it
         row, column = np.repeat(np.arange(len(queries)), np.diff(listed[0])), listed[1]
         inside = (column >= begin) & (column < end)
         row, column = row[inside], column[inside]
-        for start in range(0, len(row), PAIRS):
-            rows, columns = (torch.from_numpy(x[start:start + PAIRS]).to(queries.device) for x in (row, column))
+        pairs = max(1, PAIRS // int(size.max(initial=1)))
+        for start in range(0, len(row), pairs):
+            rows, columns = (torch.from_numpy(x[start:start + pairs]).to(queries.device) for x in (row, column))
             found = pair_scores(queries, items, rows, columns)
             # one entry for each target of the pair's query
-            times = torch.from_numpy(size[row[start:start + PAIRS]]).to(queries.device)
+            times = torch.from_numpy(size[row[start:start + pairs]]).to(queries.device)
             pair = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), times)
             nth = torch.arange(len(pair), device=rows.device) - (times.cumsum(0) - times)[pair]
             target = starts[rows[pair]] + nth

@@ -14,6 +14,7 @@ from .rows import check_finite
 from .scores import check_overflow, norms
 
 STEP = 100 * 10**9  # products a thread between two looks at the progress bar, at Ctrl-C and at who is done: 1 to 2 s
+SLICE = 4096  # queries at a time, or more where that makes less than a step
 FIRST_ITEMS = 8192  # of the first step if queries may stop early; each step is twice as long
 
 
@@ -39,7 +40,9 @@ class Counts:
         count = starts[which + 1] - starts[which]
         first = np.concatenate([[0], np.cumsum(count)])
         mine = np.arange(first[-1]) - np.repeat(first[:-1] - starts[which], count)
-        return mine, (self.queries[which], first, self.targets.item[mine])
+        together = len(which) and which[-1] - which[0] == len(which) - 1  # which rises: then this is no copy
+        queries = self.queries[which[0]:which[-1] + 1] if together else self.queries[which]
+        return mine, (queries, first, self.targets.item[mine])
 
     def add(self, packed: Any, which: np.ndarray, begin: int, end: int) -> None:
         """Counts items begin..end of a packed copy for some queries."""
@@ -71,15 +74,21 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
     most = None
     if largest_k is not None:  # seen items are counted first and taken off at the end
         most = largest_k + (0 if listed is None else np.diff(listed[0])[counts.query])
-    still = np.arange(len(queries))  # whose counts go on
+    width, still = queries.shape[1], np.arange(len(queries))  # still: whose counts go on
     for packed in catalogue.parts(count_path(catalogue, len(queries), path), begin, end, threads):
-        for start, stop in steps(packed, begin, end, len(still) * queries.shape[1], counts.threads, most is None):
-            counts.add(packed, still, start, stop)
-            bar.update(stop - start)
-            if most is not None:
-                still = still[np.maximum.reduceat(counts.greater < most, targets.starts[:-1])[still]]
-            if not len(still):
-                break
+        size = max(SLICE, STEP * counts.threads // (width * (packed.end - packed.begin)))
+        going_on = []
+        for first in range(0, len(still), size):
+            which = still[first:first + size]
+            for start, stop in steps(packed, begin, end, len(which) * width, counts.threads, most is None):
+                counts.add(packed, which, start, stop)
+                bar.update((stop - start) * len(which) / len(queries))
+                if most is not None:
+                    which = which[np.maximum.reduceat(counts.greater < most, targets.starts[:-1])[which]]
+                if not len(which):
+                    break
+            going_on.append(which)
+        still = np.concatenate([still[:0], *going_on])
         if not len(still):
             break
         del packed  # before the next part is made
@@ -110,7 +119,7 @@ def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | No
     listed = left_out(seen, none, len(catalogue))
     # so many queries at a time that Ctrl-C is heard
     size = max(256, STEP * team // (len(catalogue) * queries.shape[1]))
-    for packed in catalogue.parts(top_k_path(catalogue, k, path), 0, len(catalogue), threads):
+    for packed in catalogue.parts(top_k_path(catalogue, len(queries), k, path), 0, len(catalogue), threads):
         check_overflow(longest(queries) * packed.longest)
         for start in range(0, len(queries), size):
             part = slice(start, start + size)

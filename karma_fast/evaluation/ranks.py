@@ -97,17 +97,18 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
         items: (N, D), likewise, or a :class:`Catalogue`, which is packed once for many calls.
         targets: (Q,) integers, or a pair (indptr (Q + 1,), indices) for several different targets a query.
         seen: pair (indptr (Q + 1,), indices) of items to leave out of a query's ranking. Its own targets never are.
-        threads: 0 takes torch's setting.
+        threads: 0 takes torch's setting. (A GPU needs none.)
         item_range: (start, stop): only these candidates count. Parts that cover the catalogue, from several processes
             for example, add up with :meth:`Ranks.sum`.
-        largest_k: stop at targets with this many candidates above them. Hit rates, recall and NDCG up to this K stay
-            exact; MRR and AUC cannot be had from it.
+        largest_k: stop at targets with this many candidates above them (a GPU counts all). Hit rates, recall and NDCG
+            up to this K stay exact; MRR and AUC cannot be had from it.
         path: one of :func:`karma_fast.evaluation.paths`, or "torch"; all have the same result.
         progress: show a bar (needs tqdm).
 
     Raises:
         ValueError: NaN or infinite values, wrong shapes, widths or dtypes, items outside the catalogue, an empty
-            catalogue, a query without a target or with the same one twice.
+            catalogue, a query without a target or with the same one twice. (With ``largest_k`` or ``item_range``,
+            values of items that are not looked at are not checked.)
 
     Example:
         >>> items = np.eye(4, dtype=np.float32)
@@ -160,7 +161,8 @@ def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads:
     """The k items of highest score for each query, best first, ties by lower index.
 
     Args:
-        queries, items, seen, threads, path: see :func:`target_ranks`; here everything in ``seen`` is left out.
+        queries, items, seen, threads, path: see :func:`target_ranks`; here everything in ``seen`` is left out, and
+            tensors on a GPU are moved to the CPU.
         k: at least 1.
 
     Returns:
@@ -189,8 +191,8 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
     rows = items.rows if isinstance(items, Catalogue) else Rows.of("items", items)
     check_widths(users.width, rows.width, len(rows))
     check_finite("queries", users)
-    catalogue = items if isinstance(items, Catalogue) else Catalogue.passing(items)
-    if path == "torch":
+    catalogue = items if isinstance(items, Catalogue) else Catalogue.passing(rows)
+    if path == "torch" and native:  # else the catalogue has done it
         check_finite("items", rows)
     return users.float32(), catalogue
 

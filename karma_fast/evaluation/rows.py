@@ -45,6 +45,8 @@ class Rows:
         >>> Rows.of("items", torch.ones(2, 3).bfloat16()).float32().tolist()
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
         """
+        if isinstance(x, cls):
+            return x
         tensor = x.detach().cpu() if isinstance(x, torch.Tensor) else None
         array = np.asarray(x) if tensor is None else None
         dtype = tensor.dtype if array is None else getattr(torch, array.dtype.name, array.dtype)

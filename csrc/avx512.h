@@ -62,4 +62,13 @@ KARMA_INLINE void tile_of(const uint32_t* q, const uint32_t* x, int64_t steps, V
   for (int i = 0; i < kGroup; ++i) row(i, 0, V{a[i], b[i]});
 }
 
+template <class Step>
+struct FloatTile {
+  static constexpr int group = kGroup;
+  template <class Row>
+  KARMA_INLINE void compute(const uint32_t* q, const uint32_t* x, int64_t steps, Row row) {
+    tile_of<Floats, Step>(q, x, steps, _mm512_setzero_ps(), _mm512_setzero_ps(), row);
+  }
+};
+
 }  // namespace

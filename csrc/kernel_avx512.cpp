@@ -55,19 +55,11 @@ struct Step {
   }
 };
 
-struct Tile {
-  static constexpr int group = kGroup;
-  template <class Row>
-  KARMA_INLINE void compute(const uint32_t* q, const uint32_t* x, int64_t steps, Row row) {
-    tile_of<Floats, Step>(q, x, steps, _mm512_setzero_ps(), _mm512_setzero_ps(), row);
-  }
-};
-
 }  // namespace
 
 namespace karma {
 extern const Basics kBasicsAvx512;
 const Basics kBasicsAvx512 = kBasics;
-const Kernel kAvx512 = {"avx512", Precision::float32, true, kGroup, false, 1, &kBasicsAvx512, scan<Tile>};
+const Kernel kAvx512 = {"avx512", Precision::float32, true, kGroup, false, 1, &kBasicsAvx512, scan<FloatTile<Step>>};
 }  // namespace karma
 #endif

@@ -90,7 +90,6 @@ class TargetCounts:
         self.left_out = left_out(seen, targets, num_items)
         if self.left_out is not None:
             self.left_out = within(self.left_out, begin, end)
-        if self.left_out is not None:
             self.candidates -= np.diff(self.left_out[0])[self.query]
 
     def blocks(self) -> Iterator[tuple[int, int, slice]]:

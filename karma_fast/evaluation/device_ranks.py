@@ -12,6 +12,7 @@ from . import native_ranks
 from .catalogue import native
 from .counting import Targets, left_out
 from .csr import Csr
+from .rows import not_finite
 from .scores import check_overflow
 
 PAIRS = 1 << 18  # of an item and a target, worked on together
@@ -57,8 +58,6 @@ def longest_of(name: str, x: Tensor) -> float:
         lengths = x[start:start + rows].double().norm(dim=1)
         most = float(lengths.max())
         if not np.isfinite(most):
-            row = start + int((~lengths.isfinite()).nonzero()[0])
-            raise ValueError(f"{name}: NaN or infinite values in row {row} cannot be ranked; the model that made them "
-                             "has diverged")
+            raise not_finite(name, start + int((~lengths.isfinite()).nonzero()[0]))
         longest = max(longest, most)
     return longest

@@ -34,23 +34,29 @@ class Counts:
         self.longest_query = longest(queries)
         self.longest_item = 0.0
 
-    def of(self, which: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Their targets, and (queries, starts, targets) of some queries as the extension takes them."""
+    def of(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the targets of some queries, and where each query's begin among them."""
         starts = self.targets.starts
         count = starts[which + 1] - starts[which]
         first = np.concatenate([[0], np.cumsum(count)])
         mine = np.arange(first[-1]) - np.repeat(first[:-1] - starts[which], count)
-        together = len(which) and which[-1] - which[0] == len(which) - 1  # which rises: then this is no copy
-        queries = self.queries[which[0]:which[-1] + 1] if together else self.queries[which]
-        return mine, (queries, first, self.targets.item[mine])
+        return mine, first
+
+    def below(self, which: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """Of these queries, those with a target that fewer than its ``most`` items are above so far."""
+        mine, first = self.of(which)
+        return which[np.maximum.reduceat(self.greater[mine] < most[mine], first[:-1])]
 
     def add(self, packed: Any, which: np.ndarray, begin: int, end: int) -> None:
         """Counts items begin..end of a packed copy for some queries."""
         self.longest_item = max(self.longest_item, packed.longest)
         check_overflow(self.longest_query * self.longest_item)
-        mine, (queries, first, item) = self.of(which)
+        mine, first = self.of(which)
+        together = which[-1] - which[0] == len(which) - 1  # which rises: then this is no copy
+        queries = self.queries[which[0]:which[-1] + 1] if together else self.queries[which]
         greater, equal = np.zeros((2, len(mine)), np.int64)
-        packed.count(queries, first, item, self.score[mine], begin, end, greater, equal, self.threads)
+        packed.count(queries, first, self.targets.item[mine], self.score[mine], begin, end, greater, equal,
+                     self.threads)
         self.greater[mine] += greater
         self.equal[mine] += equal
 
@@ -73,7 +79,9 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
         listed = within(listed, begin, end)
     most = None
     if largest_k is not None:  # seen items are counted first and taken off at the end
-        most = largest_k + (0 if listed is None else np.diff(listed[0])[counts.query])
+        most = np.full(len(counts.score), largest_k)
+        if listed is not None:
+            most += np.diff(listed[0])[counts.query]
     width, still = queries.shape[1], np.arange(len(queries))  # still: whose counts go on
     for packed in catalogue.parts(count_path(catalogue, len(queries), path), begin, end, threads):
         size = max(SLICE, STEP * counts.threads // (width * (packed.end - packed.begin)))
@@ -84,7 +92,7 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
                 counts.add(packed, which, start, stop)
                 bar.update((stop - start) * len(which) / len(queries))
                 if most is not None:
-                    which = which[np.maximum.reduceat(counts.greater < most, targets.starts[:-1])[which]]
+                    which = counts.below(which, most)
                 if not len(which):
                     break
             going_on.append(which)

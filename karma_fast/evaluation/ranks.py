@@ -19,7 +19,7 @@ from . import device_ranks, native_ranks, torch_ranks
 from .catalogue import Catalogue, check_path, native, thread_count
 from .counting import TargetCounts, Targets
 from .csr import Csr, check_csr
-from .rows import DTYPES, Rows, check_finite, check_widths
+from .rows import Rows, check_finite, check_kind, check_widths
 
 ITEM_PANEL = 8192  # of given scores, looked at together
 LONG = 20 * 10**9  # products, about a second by torch
@@ -207,9 +207,7 @@ def warn_of_torch(path: str, products: int) -> None:
 
 def check_tensors(queries: torch.Tensor, items: torch.Tensor) -> None:
     for name, x in (("queries", queries), ("items", items)):
-        if x.ndim != 2 or x.dtype not in DTYPES:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, dtype {x.dtype}; (rows, width) in float32, float16 "
-                             "or bfloat16 is needed")
+        check_kind(name, x.shape, x.dtype)
     check_widths(queries.shape[1], items.shape[1], len(items))
     if queries.device != items.device:
         raise ValueError(f"queries are on {queries.device} and items on {items.device}; move one of them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,7 @@ class Rows:
         tensor = x.detach().cpu() if isinstance(x, torch.Tensor) else None
         array = np.asarray(x) if tensor is None else None
         dtype = tensor.dtype if array is None else getattr(torch, array.dtype.name, array.dtype)
-        if (tensor if array is None else array).ndim != 2 or dtype not in DTYPES:
-            shape = tuple((tensor if array is None else array).shape)
-            raise ValueError(f"{name}: got shape {shape}, dtype {dtype}; (rows, width) in float32, float16 or "
-                             "bfloat16 is needed")
+        check_kind(name, (tensor if array is None else array).shape, dtype)
         if array is None:
             tensor = tensor.contiguous()
             array = tensor.view(torch.uint16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
@@ -66,14 +64,24 @@ class Rows:
         return cls(array.copy() if min(array.strides) < 0 else array, DTYPES[dtype])
 
 
+def check_kind(name: str, shape: Sequence[int], dtype: Any) -> None:
+    """ValueError unless these are rows in a dtype that can be ranked."""
+    if len(shape) != 2 or dtype not in DTYPES:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, dtype {dtype}; (rows, width) in float32, float16 or "
+                         "bfloat16 is needed")
+
+
+def not_finite(name: str, row: int) -> ValueError:
+    return ValueError(f"{name}: NaN or infinite values in row {row} cannot be ranked; the model that made them has "
+                      "diverged")
+
+
 def check_finite(name: str, rows: Rows) -> None:
     """ValueError for NaN or infinite values."""
     for start in range(0, len(rows), PIECE):
         bad = ~np.isfinite(rows.float32(start, start + PIECE)).all(axis=1)
         if bad.any():
-            row = start + int(bad.argmax())
-            raise ValueError(f"{name}: NaN or infinite values in row {row} cannot be ranked; the model that made "
-                             "them has diverged")
+            raise not_finite(name, start + int(bad.argmax()))
 
 
 def check_widths(queries: int, items: int, num_items: int) -> None:

@@ -25,7 +25,9 @@ from .data.batches import log_sampling_probability
 from .data.schema import Dataset
 from .data.windows import training_windows
 from .evaluation.evaluate import evaluate_model
-from .model.karma import KarmaModel, KarmaOutput
+from .model.karma import KarmaModel
+from .processes import average_gradients
+from .step import backward
 
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
@@ -35,6 +37,10 @@ class KarmaTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with defaults for KARMA and a few settings of its own.
 
     learning_rate is for the language model (adapters), projection_learning_rate for everything else.
+    batch_size: query-target pairs that compete in a step, over all processes; the number of windows a process takes
+    (per_device_train_batch_size) follows from it. None: per_device_train_batch_size windows.
+    chunk_size: windows that a process's language model holds in memory at once; None: all of its batch. It changes
+    memory and time, not the loss or its gradient.
     eval_users: validation users ranked at each evaluation during training, drawn once by seed; 0: all.
     share_steps: steps between two measurements of each term's share of the language model's gradient, which costs one
     backward a term; 0: never. The shares at u are cheap and logged with every line.
@@ -57,10 +63,23 @@ class KarmaTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="HR@10")
     greater_is_better: bool | None = field(default=True)
     remove_unused_columns: bool = field(default=False)
-    ddp_find_unused_parameters: bool | None = field(default=True)
+    batch_size: int | None = field(default=None)
+    chunk_size: int | None = field(default=None)
+    ddp_find_unused_parameters: bool | None = field(default=False)  # gradients are averaged by `average_gradients`
+    logging_nan_inf_filter: bool = field(default=False)  # it makes the host wait each step; `log` names a NaN's term
     report_to: str | list[str] | None = field(default="none")
     eval_users: int = field(default=500)
     share_steps: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; at least 1, or none, is needed")
+        if self.fp16:
+            raise ValueError("fp16: got true; the model computes in bfloat16 or float32 by itself, as float16 would "
+                             "need a loss scaler")
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -83,16 +102,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def shares(terms: dict[str, Tensor], inputs: list[Tensor]) -> dict[str, float]:
-    """Each weighted term's gradient norm over ``inputs``, divided by the sum of these norms."""
-    norms = {}
-    for name, term in terms.items():
-        if not term.requires_grad:
-            continue
-        grads = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
-        norms[name] = math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
-    total = sum(norms.values())
-    return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
+def shares(norms: dict[str, Tensor]) -> dict[str, float]:
+    """Each term's gradient norm divided by the sum of them."""
+    values = {name: float(norm) for name, norm in norms.items()}
+    total = sum(values.values())
+    return {name: value / total for name, value in values.items()} if total > 0 else {}
+
+
+def windows_of(pairs: int, starts: np.ndarray, ends: np.ndarray, positions: str, processes: int) -> int:
+    """Windows a process takes so that a step has about so many query-target pairs over all processes.
+
+    >>> windows_of(95, np.array([0, 19]), np.array([20, 39]), "all", 1)
+    5
+    """
+    of_window = float((ends - starts - 1).mean()) if positions == "all" else 1.0
+    return max(1, min(len(ends), round(pairs / of_window / processes)))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -124,8 +148,12 @@ class KarmaTrainer(Trainer):
         starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
         if not len(starts):
             raise ValueError("no user has two events in the training part, so there is nothing to train on")
+        if args.batch_size is not None:
+            args.per_device_train_batch_size = windows_of(args.batch_size, starts, ends, config.positions,
+                                                          args.world_size)
         log_q = log_sampling_probability(data.sequences, data.split, len(data.items))
-        super().__init__(model, args, data_collator=model.collator(data.sequences, log_q, seed=args.seed),
+        collator = model.collator(data.sequences, log_q, seed=args.seed, chunk_size=args.chunk_size)
+        super().__init__(model, args, data_collator=collator,
                          train_dataset=Windows(starts, ends), eval_dataset=data.split.valid, callbacks=callbacks)
         self.data = data
         valid = data.split.valid
@@ -133,10 +161,14 @@ class KarmaTrainer(Trainer):
             valid = np.sort(np.random.default_rng(args.seed).choice(valid, args.eval_users, replace=False))
         self.eval_positions = valid
         self.interrupted = False
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("DeepSpeed and FSDP cannot train a KarmaModel; several processes each hold the whole "
+                             "(4-bit) model, as with torchrun")
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.doing = "training"  # for who runs out of memory
         self._sums: dict[str, float | Tensor] = defaultdict(float)
-        self._shares: dict[str, float] = {}
+        self._norms: dict[str, dict[str, Tensor]] = {}
         self._since = time.perf_counter()
-        self.model_accepts_loss_kwargs = False  # our losses are means, so Trainer divides them when it accumulates
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Hooks(self))
@@ -145,25 +177,25 @@ class KarmaTrainer(Trainer):
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(inputs)
-        self._measure(output, inputs.num_tokens)
-        return (output.loss, output) if return_outputs else output.loss
-
-    def _measure(self, output: KarmaOutput, num_tokens: int) -> None:
-        for name, value in output.parts.present().items():
-            self._sums[name] = self._sums[name] + value.detach()
-        self._sums["batches"] += 1
-        self._sums["tokens"] += num_tokens
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Gradients of one batch, chunk by chunk; the loss as Trainer counts it."""
+        self.model.train()
+        batch = self._prepare_inputs(inputs)
         step = self.state.global_step + 1
-        terms = self.model.loss.weighted(output.parts)
-        if step % max(1, self.state.logging_steps) == 0 or step == 1:
-            at_u = {n: t for n, t in terms.items() if n != "gen"}
-            self._shares |= {f"share_u/{n}": s for n, s in shares(at_u, [output.u]).items()}
-        if self.args.share_steps and (step % self.args.share_steps == 0 or step == 1):
-            trained = [p for p in self.model.backbone.parameters() if p.requires_grad]
-            if trained:
-                self._shares |= {f"share_llm/{n}": s for n, s in shares(terms, trained).items()}
+        measured = self.args.share_steps > 0 and (step % self.args.share_steps == 0 or step == 1)
+        # our losses are means over a batch, so accumulated batches share one step
+        scale = 1 / self.current_gradient_accumulation_steps
+        found = backward(self.model, batch, scale=scale, llm_norms=measured)
+        if self.accelerator.sync_gradients:
+            average_gradients(self.trained)
+        for name, value in found.parts.present().items():
+            self._sums[name] = self._sums[name] + value
+        self._sums["batches"] += 1
+        self._sums["tokens"] += batch.num_tokens
+        self._norms["u"] = {name: norm for name, norm in found.norms_u.items() if name != "gen"}
+        if found.norms_llm:
+            self._norms["llm"] = found.norms_llm
+        return self.model.loss(found.parts) * scale
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -192,10 +224,12 @@ class KarmaTrainer(Trainer):
             now = time.perf_counter()
             logs |= parts | {"scale": float(self.model.loss.contrastive.scale.detach()),
                              "tokens_per_second": tokens / (now - self._since),
-                             "peak_memory_bytes": peak_memory_bytes(self.model.device)} | self._shares
+                             "peak_memory_bytes": peak_memory_bytes(self.model.device)}
+            for where, norms in self._norms.items():
+                logs |= {f"share_{where}/{name}": share for name, share in shares(norms).items()}
             self._since = now
             self._sums.clear()
-            self._shares = {}
+            self._norms.clear()
             for name, value in parts.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(

@@ -1,14 +1,13 @@
 """From windows of events to one typed batch: prompts, pairs, keys and target texts.
 
-A prompt reads ``[instruction] [query] [item] ... [item] [EMB] [target text]`` and is padded on its right only. In a
-causal model nothing to the right reaches a position, so no attention mask is needed, and a row's result does not
-depend on the rows beside it.
+A prompt reads ``[instruction] [query] [item] ... [item] [EMB] [target text]``. The prompts of a chunk stand side by
+side in one stream without padding; a batch has one chunk or, to save memory, several.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,50 +15,62 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, KarmaConfig
+from .packing import EMB, TEXT, OfTensors, Packed, TextTargets, spans
 from .schema import Sequences, Split
 
 QUERY_TEMPLATE = " Now the user searches for: {}."
 
 
 @dataclass
-class KarmaBatch:
-    """B prompts of width T, P query-target pairs, N >= P keys. All index tensors are int64."""
+class PromptChunk(OfTensors):
+    """B prompts that the language model reads together. Index tensors are int64."""
 
-    token_ids: Tensor  # (B, T); 0 where an item, [EMB] or padding stands
-    slots: Tensor  # (B, T) row of history_items for an item, -1 elsewhere
+    tokens: Packed  # slot of an item: row of history_items
     history_items: Tensor  # (R,) distinct catalogue indices
-    emb_columns: Tensor  # (B,) column of [EMB]
-    pair_rows: Tensor  # (P,) where each pair's query is read
-    pair_columns: Tensor  # (P,)
-    keys: Tensor  # (N,) catalogue indices: the P positives, then hard negatives
+    emb: Tensor  # (B,) places of [EMB] in the stream
+    pairs: Tensor  # (P,) places in the stream where the query of each pair is read
+    texts: TextTargets
+    bare: PromptChunk | None = None  # the same without the texts, for a pass that only wants the pairs' queries
+
+
+@dataclass
+class DecodeChunk(OfTensors):
+    """S texts that the decoder reads together, each behind the soft tokens made from one interest embedding."""
+
+    pairs: Tensor  # (S,) whose embedding
+    tokens: Packed  # slot of soft token k of text s: s * num_soft_tokens + k
+    texts: TextTargets
+
+
+@dataclass
+class KarmaBatch(OfTensors):
+    """The prompts of a step in chunks, its P query-target pairs and N >= P keys. Index tensors are int64."""
+
+    prompts: list[PromptChunk]  # the pairs of all of them, one chunk after the other, are the batch's
+    key_items: Tensor  # (U,) distinct catalogue indices
+    key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
+    keys: Tensor  # (N,) catalogue indices, key_items[key_index]
     log_q: Tensor | None  # (N,) float32
-    gen_rows: Tensor  # (G,) positions whose next token belongs to a target text ...
-    gen_columns: Tensor  # (G,)
-    gen_labels: Tensor  # (G,) ... and that token
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
-    text_ids: Tensor  # (S, Y) their target texts, 0 after the end
-    text_lengths: Tensor  # (S,)
+    decode: list[DecodeChunk]  # their target texts, for L_rec
     num_texts: float  # windows that the text losses look at, in expectation: the divisor of their sums
-    num_tokens: int  # read by the language model, padding left out; on the host, so that logging needs no sync
+    num_tokens: int  # read by the language model; on the host, so that logging needs no sync
 
     # transformers' Trainer asks these of a batch
     def __contains__(self, name: str) -> bool:
         return any(name == f.name for f in dataclasses.fields(self))
 
-    def __getitem__(self, name: str) -> Tensor | None:
+    def __getitem__(self, name: str):
         if name not in self:
             raise KeyError(name)
         return getattr(self, name)
 
     def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def to(self, device, **kwargs) -> KarmaBatch:
-        return KarmaBatch(*(v.to(device, **kwargs) if isinstance(v, Tensor) else v for v in vars(self).values()))
+        return sum(len(chunk.emb) for chunk in self.prompts)
 
 
 class Prompts:
-    """Turns histories, queries and target texts into the token part of a batch."""
+    """Turns histories, queries and target texts into streams of tokens."""
 
     def __init__(self, config: KarmaConfig, tokenizer, texts: Sequence[str]) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -67,11 +78,14 @@ class Prompts:
         eos = tokenizer.eos_token_id
         if self.instruction and self.instruction[-1] == eos:  # some tokenizers close every text
             self.instruction = self.instruction[:-1]
-        self.end = [] if eos is None else [eos]
-        limit = config.max_text_tokens - len(self.end)
+        end = [] if eos is None else [eos]
+        limit = config.max_text_tokens - len(end)
         flat = tokenizer([t for t in texts if t], add_special_tokens=False)["input_ids"] if any(texts) else []
         encoded = iter(flat)
-        self.texts = [(next(encoded)[:limit] + self.end) if t else [] for t in texts]
+        self.texts = [(next(encoded)[:limit] + end) if t else [] for t in texts]
+        self._text_lengths = np.array([len(t) for t in self.texts], dtype=np.int64)
+        self._text_starts = np.cumsum(self._text_lengths) - self._text_lengths
+        self._text_tokens = np.fromiter((i for t in self.texts for i in t), np.int64, int(self._text_lengths.sum()))
 
     def query_ids(self, query: str) -> list[int]:
         if not query:
@@ -79,39 +93,57 @@ class Prompts:
         ids = self.tokenizer(QUERY_TEMPLATE.format(query), add_special_tokens=False)["input_ids"]
         return ids[: self.config.max_query_tokens]
 
-    def padded_texts(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Catalogue indices -> (n, Y) tokens of their texts, 0 after the end, and (n,) lengths."""
-        texts = [self.texts[i] for i in items]
-        width = max(map(len, texts), default=0)
-        padded = torch.tensor([t + [0] * (width - len(t)) for t in texts], dtype=torch.int64)
-        return padded.reshape(len(texts), width), torch.tensor([len(t) for t in texts], dtype=torch.int64)
+    def _text(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) catalogue indices, -1 for none -> (n,) lengths of their texts and all their tokens."""
+        lengths = np.where(items < 0, 0, self._text_lengths[items])
+        return lengths, self._text_tokens[spans(self._text_starts[items], lengths)]
 
-    def build(self, histories: Sequence[np.ndarray], queries: Sequence[str], targets: Mapping[int, int] = {}
-              ) -> dict[str, Tensor]:
-        """Fields of `KarmaBatch` from token_ids to emb_columns, and gen_*.
+    def build(self, histories: Sequence[np.ndarray], queries: Sequence[str], text_items: np.ndarray | None = None
+              ) -> PromptChunk:
+        """Prompts of requests; every one has a pair, read at its [EMB].
 
-        ``targets``: row -> item whose text follows [EMB].
+        Args:
+            histories: catalogue indices, oldest first. queries: texts, "" for none.
+            text_items: of each prompt, the item whose text follows [EMB]; -1 or None for no text.
         """
+        rows = len(queries)
+        text_items = np.full(rows, -1) if text_items is None else text_items
         heads = [self.instruction + self.query_ids(q) for q in queries]
-        tails = [self.texts[targets[row]] if row in targets else [] for row in range(len(queries))]
-        widths = [len(h) + len(i) + 1 + len(y) for h, i, y in zip(heads, histories, tails, strict=True)]
-        token_ids = np.zeros((len(heads), max(widths, default=0)), dtype=np.int64)
-        slots = np.full_like(token_ids, -1)
-        flat = np.concatenate([np.asarray(h, dtype=np.int64) for h in histories]) if len(heads) else np.zeros(0, int)
-        distinct, inverse = np.unique(flat, return_inverse=True)
-        emb, gen, start = [], [], 0
-        for row, (head, items, tail) in enumerate(zip(heads, histories, tails, strict=True)):
-            column = len(head) + len(items)
-            token_ids[row, : len(head)] = head
-            slots[row, len(head):column] = inverse[start:start + len(items)]
-            token_ids[row, column + 1:column + 1 + len(tail)] = tail
-            gen += [(row, column + n, label) for n, label in enumerate(tail)]
-            emb.append(column)
-            start += len(items)
-        gen_rows, gen_columns, gen_labels = torch.tensor(gen, dtype=torch.int64).reshape(-1, 3).unbind(1)
-        return {"token_ids": torch.from_numpy(token_ids), "slots": torch.from_numpy(slots),
-                "history_items": torch.from_numpy(distinct), "emb_columns": torch.tensor(emb, dtype=torch.int64),
-                "gen_rows": gen_rows, "gen_columns": gen_columns, "gen_labels": gen_labels}
+        head = np.array([len(h) for h in heads], dtype=np.int64)
+        seen = np.array([len(h) for h in histories], dtype=np.int64)
+        text, text_tokens = self._text(text_items)
+        lengths = head + seen + 1 + text
+        starts = np.cumsum(lengths) - lengths
+        emb = starts + head + seen
+        token_ids, slots = np.zeros(int(lengths.sum()), np.int64), np.full(int(lengths.sum()), TEXT, np.int64)
+        token_ids[spans(starts, head)] = np.fromiter((i for h in heads for i in h), np.int64, int(head.sum()))
+        token_ids[spans(emb + 1, text)] = text_tokens
+        items, slots[spans(starts + head, seen)] = np.unique(
+            np.concatenate([np.zeros(0, np.int64), *histories]).astype(np.int64), return_inverse=True)
+        slots[emb] = EMB
+        emb_places = torch.from_numpy(emb)
+        return PromptChunk(Packed.of(lengths, token_ids, slots), torch.from_numpy(items), emb_places, emb_places,
+                           text_targets(emb, text, text_tokens))
+
+    def decode_chunk(self, pairs: np.ndarray, items: np.ndarray) -> DecodeChunk:
+        """The texts of (S,) items behind the soft tokens of as many pairs' embeddings."""
+        soft = self.config.num_soft_tokens
+        text, text_tokens = self._text(items)
+        lengths = text + soft
+        starts = np.cumsum(lengths) - lengths
+        token_ids, slots = np.zeros(int(lengths.sum()), np.int64), np.full(int(lengths.sum()), TEXT, np.int64)
+        token_ids[spans(starts + soft, text)] = text_tokens
+        slots[spans(starts, np.full(len(items), soft))] = np.arange(len(items) * soft)
+        # the last soft token predicts the first token of the text
+        return DecodeChunk(torch.from_numpy(pairs), Packed.of(lengths, token_ids, slots),
+                           text_targets(starts + soft - 1, text, text_tokens))
+
+
+def text_targets(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> TextTargets:
+    """Texts of (S,) lengths whose first tokens are predicted at ``starts``; tokens: of all texts."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    weights = np.repeat(1 / np.maximum(lengths, 1), lengths).astype(np.float32)
+    return TextTargets(*map(torch.from_numpy, (spans(starts, lengths), tokens, rows, weights)))
 
 
 def query_of(sequences: Sequences, position: int) -> str:
@@ -135,67 +167,92 @@ def log_sampling_probability(sequences: Sequences, split: Split, num_items: int)
 
 
 class KarmaCollator:
-    """Windows (start, end) of flat events -> `KarmaBatch`. Stateless: the same windows give the same batch."""
+    """Windows (start, end) of flat events -> `KarmaBatch`. Stateless: the same windows give the same batch.
+
+    chunk_size: windows that the language model reads at once; None: all of a batch.
+    """
 
     def __init__(self, config: KarmaConfig, prompts: Prompts, sequences: Sequences, log_q: np.ndarray | None,
-                 max_hard_negatives: int = 8, seed: int = 0) -> None:
+                 max_hard_negatives: int = 8, seed: int = 0, chunk_size: int | None = None) -> None:
         if config.positions == "all" and sequences.queries is not None:
             raise ConfigError("model.positions: got all, but the data has queries, and an inner position would read "
                               "the query of a later request; set model.positions last")
         self.config, self.prompts, self.sequences, self.log_q = config, prompts, sequences, log_q
-        self.max_hard_negatives, self.seed = max_hard_negatives, seed
+        self.max_hard_negatives, self.seed, self.chunk_size = max_hard_negatives, seed, chunk_size
 
     def __call__(self, windows: Sequence[tuple[int, int]]) -> KarmaBatch:
+        starts, ends = np.array(windows, dtype=np.int64).T
         events = self.sequences.items
-        histories = [events[start:end - 1] for start, end in windows]
-        queries = [query_of(self.sequences, end - 1) for _, end in windows]
-        last = [int(events[end - 1]) for _, end in windows]
-        wants_gen = self.config.weight("gen") > 0
-        looked_at = [self._random(start, end).random() < self.config.decode_share for start, end in windows]
-        with_text = [row for row, wanted in enumerate(looked_at) if wanted and wants_gen]
-        fields = self.prompts.build(histories, queries, {row: last[row] for row in with_text})
-        rows, columns, positions, decode = [], [], [], []
-        for row, (start, end) in enumerate(windows):
-            emb = int(fields["emb_columns"][row])
-            first = len(rows)
-            if self.config.positions == "all":
-                inner = end - start - 2
-                rows += [row] * inner
-                columns += range(emb - inner - 1, emb - 1)  # the item tokens but the last, which trains nothing
-                positions += range(start + 1, end - 1)
-            rows.append(row)
-            columns.append(emb)
-            positions.append(end - 1)
-            if looked_at[row]:
-                decode += self._decode_pairs(first, len(rows) - 1, start, end)
+        # with positions="all" every event of a window but its first is a target
+        targets = ends - starts - 1 if self.config.positions == "all" else np.ones(len(ends), np.int64)
+        positions = spans(ends - targets, targets)
         positives = events[positions].astype(np.int64)
+        looked_at = np.array([self._random(*window).random() < self.config.decode_share
+                              for window in zip(starts.tolist(), ends.tolist(), strict=True)])
         keys = np.concatenate([positives, *self._hard_negatives(positions)])
-        text_ids, text_lengths = self.prompts.padded_texts(positives[decode] if self.config.weight("rec") > 0 else [])
+        key_items, key_index = np.unique(keys, return_inverse=True)
+        pairs = self._decode_pairs(starts, ends, targets, looked_at)
+        with_text = pairs if self.config.weight("rec") > 0 else pairs[:0]
+        decode = [self.prompts.decode_chunk(part, positives[part]) for part in self._parts(with_text)]
+        parts = self._parts(np.arange(len(ends)))
+        prompts = [self._prompts(starts[part], ends[part], targets[part], looked_at[part], len(parts) > 1)
+                   for part in parts]
         return KarmaBatch(
-            **fields, pair_rows=torch.tensor(rows), pair_columns=torch.tensor(columns), keys=torch.from_numpy(keys),
-            log_q=None if self.log_q is None else torch.from_numpy(self.log_q[keys]),
-            decode_pairs=torch.tensor(decode, dtype=torch.int64),
-            text_ids=text_ids, text_lengths=text_lengths,
-            num_texts=len(windows) * self.config.decode_share,
-            num_tokens=int(fields["emb_columns"].sum()) + len(windows) + len(fields["gen_labels"])
-            + int(text_lengths.sum()) + len(text_lengths) * self.config.num_soft_tokens)
+            prompts, *map(torch.from_numpy, (key_items, key_index, keys)),
+            None if self.log_q is None else torch.from_numpy(self.log_q[keys]), torch.from_numpy(pairs), decode,
+            num_texts=len(ends) * self.config.decode_share,
+            num_tokens=sum(len(chunk.tokens.token_ids) for chunk in [*prompts, *decode]))
 
-    def _decode_pairs(self, first: int, last: int, start: int, end: int) -> list[int]:
-        """The last pair of a window, which serving reads, and further ones drawn by the window alone."""
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """At most ``chunk_size`` rows each, and all of nearly the same size."""
+        return np.array_split(rows, -(-len(rows) // (self.chunk_size or max(1, len(rows))))) if len(rows) else []
+
+    def _prompts(self, starts: np.ndarray, ends: np.ndarray, targets: np.ndarray, looked_at: np.ndarray,
+                 with_bare: bool) -> PromptChunk:
+        events = self.sequences.items
+        histories = [events[start:end - 1] for start, end in zip(starts, ends, strict=True)]
+        queries = [query_of(self.sequences, end - 1) for end in ends]
+        texts = np.where(looked_at & (self.config.weight("gen") > 0), events[ends - 1], -1)
+        chunk = self.prompts.build(histories, queries, texts)
+        chunk.pairs = pair_places(chunk, targets)
+        if with_bare and len(chunk.texts):
+            chunk.bare = self.prompts.build(histories, queries)
+            chunk.bare.pairs = pair_places(chunk.bare, targets)
+        return chunk
+
+    def _decode_pairs(self, starts: np.ndarray, ends: np.ndarray, targets: np.ndarray,
+                      looked_at: np.ndarray) -> np.ndarray:
+        """The last pair of each window, which serving reads, and further ones drawn by the window alone."""
         if self.config.weight("rec") == 0 and self.config.weight("vis") == 0:
-            return []
-        extra = min(self.config.decode_positions - 1, last - first)
-        if extra <= 0:
-            return [last]
-        drawn = self._random(start, end, 1).choice(last - first, extra, replace=False)
-        return [*(first + np.sort(drawn)).tolist(), last]
+            return np.zeros(0, np.int64)
+        lasts = np.cumsum(targets) - 1
+        if self.config.decode_positions == 1:
+            return lasts[looked_at]
+        drawn = []
+        for start, end, inner, last in zip(*(x[looked_at].tolist() for x in (starts, ends, targets - 1, lasts)),
+                                           strict=True):
+            extra = min(self.config.decode_positions - 1, inner)
+            if extra > 0:
+                drawn.append(last - inner + np.sort(self._random(start, end, 1).choice(inner, extra, replace=False)))
+            drawn.append(np.array([last]))
+        return np.concatenate([np.zeros(0, np.int64), *drawn])
 
     def _random(self, *key: int) -> np.random.Generator:
         """Depends on the window alone, so a resumed or repeated epoch draws the same."""
         return np.random.default_rng((self.seed, *key))
 
-    def _hard_negatives(self, positions: Sequence[int]) -> list[np.ndarray]:
+    def _hard_negatives(self, positions: Sequence[int]) -> Iterator[np.ndarray]:
         indptr, negatives = self.sequences.negatives_indptr, self.sequences.negatives
-        if indptr is None or negatives is None:
-            return []
-        return [negatives[indptr[p]:indptr[p + 1]][-self.max_hard_negatives:].astype(np.int64) for p in positions]
+        if indptr is not None and negatives is not None:
+            for p in positions:
+                yield negatives[indptr[p]:indptr[p + 1]][-self.max_hard_negatives:].astype(np.int64)
+
+
+def pair_places(chunk: PromptChunk, targets: np.ndarray) -> Tensor:
+    """Where the queries of each prompt's last (B,) ``targets`` are read: at the item before each, the last at [EMB].
+
+    So serving reads too, and nothing is read at the last item.
+    """
+    places = spans(chunk.emb.numpy() - targets, targets)
+    places[np.cumsum(targets) - 1] += 1
+    return torch.from_numpy(places)

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.backbone import adapters_off
-
 if TYPE_CHECKING:
     from ..model.karma import KarmaModel
 
-CHUNK = 16  # texts at a time, as their logits are whole
+CHUNK = 64  # texts at a time
 
 
 @torch.no_grad()
@@ -24,10 +22,9 @@ def text_losses(model: KarmaModel, u: Tensor, targets: np.ndarray) -> Tensor:
     model.eval()
     losses = []
     for at in range(0, len(targets), CHUNK):
-        ids, lengths = (x.to(device) for x in model.prompts.padded_texts(targets[at:at + CHUNK]))
-        with adapters_off(model.backbone):
-            decoded = model.decode_projection(u[at:at + CHUNK].to(device))
-            losses.append(model.reconstruction_losses(decoded, ids, lengths))
+        part = targets[at:at + CHUNK]
+        chunk = model.prompts.decode_chunk(np.arange(len(part)), part).to(device)
+        losses.append(model.reconstruction_losses(u[at:at + CHUNK].to(device), chunk))
     model.train(training)
     return torch.cat(losses).cpu()
 

@@ -2,6 +2,7 @@
 
 from .info_nce import InfoNCELoss
 from .karma import KarmaLoss, LossParts, image_distance
-from .text import frozen_decoder_loss, text_losses
+from .text import frozen_decoder_loss, text_loss, text_losses
 
-__all__ = ["InfoNCELoss", "KarmaLoss", "LossParts", "frozen_decoder_loss", "image_distance", "text_losses"]
+__all__ = ["InfoNCELoss", "KarmaLoss", "LossParts", "frozen_decoder_loss", "image_distance", "text_loss",
+           "text_losses"]

@@ -28,7 +28,7 @@ class KarmaLoss(nn.Module):
     r"""L = a L_act + lambda (g L_gen + alpha L_rec + beta L_vis).
 
     L_act is InfoNCE of the interest embeddings against the batch's item embeddings. L_gen and L_rec are text losses
-    that the caller computes with its language model (``karma_fast.losses.text_losses``): of the target's text
+    that the caller computes with its language model (``karma_fast.losses.text_loss``): of the target's text
     given the history, and given nothing but the interest embedding. L_vis is the squared distance between a frozen
     image vector and its prediction from the interest embedding.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, KarmaConfig
+from .packed_attention import use_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +88,8 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     device = torch.device(device) if device is not None else default_device()
     name = resolve_backbone(config.backbone)
     dtype = torch.float32 if config.tuning == "full" else compute_dtype(device)
-    options: dict = {"dtype": dtype, "attn_implementation": attention_for(config, device)}
+    # what is not "auto" goes to transformers as it is
+    options: dict = {"dtype": dtype, "attn_implementation": "sdpa" if config.attention == "auto" else config.attention}
     if config.quantization != "none":
         options["quantization_config"] = quantization_config(config, dtype, nested=device.type == "cuda")
         options["device_map"] = {"": device}
@@ -101,6 +103,8 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     if config.quantization == "none":
         model.to(device)
     keep_differentiable(model)
+    if config.attention == "auto":
+        use_packed_attention(model)
     model.requires_grad_(config.tuning == "full")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -108,19 +112,6 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     if config.tuning == "lora":
         model = add_lora(model, config)
     return model, tokenizer
-
-
-def attention_for(config: KarmaConfig, device: torch.device) -> str:
-    if config.attention != "auto":
-        return config.attention
-    if device.type == "cuda":
-        with contextlib.suppress(ImportError):
-            import flash_attn  # noqa: F401
-
-            return "flash_attention_2"
-        return "sdpa"
-    # for histories of tens of tokens the CPU's fused attention has the slower backward
-    return "eager"
 
 
 def quantization_config(config: KarmaConfig, dtype: torch.dtype, nested: bool):

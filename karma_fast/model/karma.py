@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ConfigError, KarmaConfig
-from ..data.batches import KarmaBatch, KarmaCollator, Prompts
+from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
+from ..data.packing import Packed, TextTargets
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
-from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
+from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_loss, text_losses
 from .backbone import adapters_off, causal_lm, compute_dtype, identity, load_backbone, resolve_backbone, token_logits
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
 from .initialise import item_projection, latest_mean, part_means, ridge
+from .packed_attention import run_packed
 from .soft_prompt import SoftPromptProjection
 from .storage import load_parts, save_model, save_tensors
 
@@ -123,11 +125,10 @@ class KarmaModel(nn.Module):
         self.eval()
         for part in np.array_split(chosen, -(-len(chosen) // 32)):
             histories = [sequences.items[starts[w]:ends[w]][-self.config.max_history:] for w in part]
-            fields = self.prompts.build(histories, [""] * len(part))
-            hidden = self._prompt_states(fields).float()
-            for row, history in enumerate(histories):
-                emb = int(fields["emb_columns"][row])
-                states.append(hidden[row, emb - len(history):emb + 1])
+            chunk = self.prompts.build(histories, [""] * len(part))
+            hidden = self._prompt_states(chunk.to(self.device)).float()
+            for emb, history in zip(chunk.emb.tolist(), histories, strict=True):
+                states.append(hidden[emb - len(history):emb + 1])
                 goal = latest_mean(self.encode_items(np.asarray(history)))
                 targets.append(torch.cat([goal, goal[-1:]]))
                 # [EMB] is what serving reads, so it weighs as much as the item positions together
@@ -165,8 +166,8 @@ class KarmaModel(nn.Module):
             if len(order) < batch_size:
                 order = np.concatenate([order, random.permutation(with_text)])
             items, order = order[:batch_size], order[batch_size:]
-            ids, lengths = (x.to(self.device) for x in self.prompts.padded_texts(items))
-            loss = self.reconstruction_loss(self.encode_items(items).to(self.device), ids, lengths, len(items))
+            texts = self.prompts.decode_chunk(np.arange(len(items)), items).to(self.device)
+            loss = self.reconstruction_loss(self.encode_items(items).to(self.device), texts) / len(items)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * min(1, (step + 1) / 5, (steps - step) / (steps / 2))
             optimiser.zero_grad()
@@ -182,32 +183,32 @@ class KarmaModel(nn.Module):
     def device(self) -> torch.device:
         return self.emb_token.device
 
-    def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0) -> KarmaCollator:
-        return KarmaCollator(self.config, self.prompts, sequences, log_q if self.config.log_q else None, seed=seed)
+    def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
+                 chunk_size: int | None = None) -> KarmaCollator:
+        """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""
+        return KarmaCollator(self.config, self.prompts, sequences, log_q if self.config.log_q else None, seed=seed,
+                             chunk_size=chunk_size)
 
     def _autocast(self):
         dtype = compute_dtype(self.device)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def _decoder_states(self, inputs_embeds: Tensor) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden) last states. Right padding needs no mask in a causal model."""
+    def _decoder_states(self, inputs_embeds: Tensor, tokens: Packed) -> Tensor:
+        """(N, hidden) -> (N, hidden) last states of each sequence."""
         model = causal_lm(self.backbone)
         with self._autocast():
-            return model.base_model(inputs_embeds=inputs_embeds.to(model.dtype), use_cache=False).last_hidden_state
+            return run_packed(model, inputs_embeds.to(model.dtype), tokens)
 
     def _embedding_table(self) -> Tensor:
         return causal_lm(self.backbone).get_input_embeddings().weight
 
-    def _states(self, token_ids: Tensor, slots: Tensor, history_items: Tensor, emb_columns: Tensor) -> Tensor:
-        vectors = self.features(history_items)
-        embeds = self.history_projection.insert(token_ids, slots, vectors, self._embedding_table())
-        rows = torch.arange(len(embeds), device=embeds.device)
-        embeds = embeds.index_put((rows, emb_columns), self.emb_token.to(embeds.dtype))
-        return self._decoder_states(embeds)
-
-    def _prompt_states(self, fields: dict[str, Tensor]) -> Tensor:
-        """States of what `Prompts.build` made."""
-        return self._states(**{k: v.to(self.device) for k, v in fields.items() if not k.startswith("gen_")})
+    def _prompt_states(self, chunk: PromptChunk) -> Tensor:
+        """(N, hidden) last states of a chunk's stream."""
+        tokens = chunk.tokens
+        embeds = self.history_projection.insert(tokens.token_ids[None], tokens.slots[None].clamp(min=-1),
+                                                self.features(chunk.history_items), self._embedding_table())[0]
+        embeds = embeds.index_put((chunk.emb,), self.emb_token.to(embeds.dtype))
+        return self._decoder_states(embeds, tokens)
 
     def interest(self, states: Tensor) -> Tensor:
         """(n, hidden) states at a query's position -> (n, d_e) unit vectors, float32."""
@@ -218,55 +219,95 @@ class KarmaModel(nn.Module):
         return F.normalize(self.item_projection(self.features(items)), dim=-1)
 
     def forward(self, batch: KarmaBatch) -> KarmaOutput:
-        """The loss of a batch and its parts; a term with weight 0 is not computed."""
-        hidden = self._states(batch.token_ids, batch.slots, batch.history_items, batch.emb_columns)
-        u = self.interest(hidden[batch.pair_rows, batch.pair_columns])
+        """The loss of a batch and its parts; a term with weight 0 is not computed.
+
+        Keeps all chunks of the batch in memory; `karma_fast.step.backward` does not.
+        """
+        read = [self.read(chunk) for chunk in batch.prompts]
+        u = torch.cat([u for u, _ in read])
         parts = LossParts()
         if self.loss.wants("act"):
-            keys, index = torch.unique(batch.keys, return_inverse=True)
-            e = self.item_embeddings(keys)[index]
-            parts.act = self.loss.contrastive(u, e, None, None, batch.keys, batch.log_q)
+            parts.act = self.contrastive_loss(u, batch)
         if self.loss.wants("gen"):
-            states = hidden[batch.gen_rows, batch.gen_columns]
-            losses = text_losses(self._logits(states), batch.gen_labels, batch.gen_rows, len(batch))
-            parts.gen = losses.sum() / batch.num_texts
-        num_decoded = batch.num_texts * self.config.decode_positions
-        if self.loss.wants("rec") and len(batch.decode_pairs):
-            parts.rec = self.reconstruction_loss(u[batch.decode_pairs], batch.text_ids, batch.text_lengths,
-                                                 num_decoded)
-        if self.loss.wants("vis") and self.image_head is not None and len(batch.decode_pairs):
-            targets = batch.keys[batch.decode_pairs]
-            parts.vis = image_distance(self.image_head(u[batch.decode_pairs]), self.features.image[targets],
-                                       self.features.image_present[targets], num_decoded)
+            parts.gen = torch.stack([gen for _, gen in read]).sum() / batch.num_texts
+        if self.loss.wants("rec") and batch.decode:
+            parts.rec = torch.stack([self.reconstruction_loss(u[chunk.pairs], chunk)
+                                     for chunk in batch.decode]).sum() / self.num_decoded(batch)
+        if self.wants_images(batch):
+            parts.vis = self.image_loss(u, batch)
         return KarmaOutput(self.loss(parts), parts, u)
+
+    def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
+        """The language model's pass over some prompts: (P, d_e) u of their pairs, and () L_gen's sum over texts.
+
+        gen: False leaves L_gen out.
+        """
+        hidden = self._prompt_states(chunk)
+        texts = hidden.new_zeros((), dtype=torch.float32)
+        if gen and self.loss.wants("gen"):
+            texts = self._text_loss(hidden[chunk.texts.index], chunk.texts)
+        return self.interest(hidden[chunk.pairs]), texts
+
+    def contrastive_loss(self, u: Tensor, batch: KarmaBatch) -> Tensor:
+        """L_act, () float32: (P, d_e) embeddings against the batch's keys."""
+        e = F.embedding(batch.key_index, self.item_embeddings(batch.key_items))
+        return self.loss.contrastive(u, e, None, None, batch.keys, batch.log_q)
+
+    def wants_images(self, batch: KarmaBatch) -> bool:
+        return self.loss.wants("vis") and self.image_head is not None and len(batch.decode_pairs) > 0
+
+    def image_loss(self, u: Tensor, batch: KarmaBatch) -> Tensor:
+        """L_vis, () float32, of the batch's (P, d_e) embeddings."""
+        targets = batch.keys[batch.decode_pairs]
+        return image_distance(self.image_head(u[batch.decode_pairs]), self.features.image[targets],
+                              self.features.image_present[targets], self.num_decoded(batch))
+
+    def num_decoded(self, batch: KarmaBatch) -> float:
+        """The divisor of L_rec and L_vis."""
+        return batch.num_texts * self.config.decode_positions
+
+    @property
+    def vocabulary(self) -> int:
+        return causal_lm(self.backbone).get_output_embeddings().weight.shape[0]
+
+    def _text_loss(self, states: Tensor, texts: TextTargets) -> Tensor:
+        head = causal_lm(self.backbone).get_output_embeddings()
+        return text_loss(self._logits, states, texts.labels, texts.weights, self.vocabulary,
+                         frozen=not any(p.requires_grad for p in head.parameters()))
 
     def _logits(self, states: Tensor) -> Tensor:
         with self._autocast():
             return token_logits(causal_lm(self.backbone), states)
 
-    def reconstruction_losses(self, soft: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
-        """(S, K, hidden) soft tokens, (S, Y) texts, (S,) lengths -> (S,) mean token loss of each text after them."""
-        y = F.embedding(text_ids, self._embedding_table())
-        present = torch.arange(text_ids.shape[1], device=soft.device) < text_lengths[:, None]
-        states = self._decoder_states(torch.cat([soft.to(y.dtype), y], dim=1))
-        # the last soft token predicts the first token of the text
-        logits = self._logits(states[:, soft.shape[1] - 1:-1][present])
-        return text_losses(logits, text_ids[present], present.nonzero()[:, 0], len(text_ids))
+    def _text_states(self, embeds: Tensor, chunk: DecodeChunk) -> Tensor:
+        """(N, hidden) inputs -> (G, hidden) states that predict the texts' tokens."""
+        return self._decoder_states(embeds, chunk.tokens)[chunk.texts.index]
 
-    def reconstruction_loss(self, u: Tensor, text_ids: Tensor, text_lengths: Tensor, num_texts: float) -> Tensor:
-        """L_rec: (S, d_e) embeddings, (S, Y) texts, (S,) lengths -> (): the texts given the embeddings alone.
+    def _decoder_inputs(self, u: Tensor, chunk: DecodeChunk) -> Tensor:
+        tokens = chunk.tokens
+        return self.decode_projection.insert(tokens.token_ids[None], tokens.slots[None], u,
+                                             self._embedding_table())[0]
 
-        The sum over the texts is divided by ``num_texts``.
+    def reconstruction_loss(self, u: Tensor, chunk: DecodeChunk) -> Tensor:
+        """L_rec's sum over texts, () float32: of (S, d_e) embeddings, the mean token loss of S texts given each alone.
         """
-        soft = self.decode_projection(u)
 
-        def loss_of(soft: Tensor) -> Tensor:
-            return self.reconstruction_losses(soft, text_ids, text_lengths).sum() / num_texts
+        def loss_of(embeds: Tensor) -> Tensor:
+            return self._text_loss(self._text_states(embeds, chunk), chunk.texts)
 
+        embeds = self._decoder_inputs(u, chunk)
         if self.config.tuning == "full":  # the decoder is trained too: the plain path
-            return loss_of(soft)
+            return loss_of(embeds)
         with adapters_off(self.backbone):
-            return frozen_decoder_loss(soft, loss_of)
+            return frozen_decoder_loss(embeds, loss_of)
+
+    @torch.no_grad()
+    def reconstruction_losses(self, u: Tensor, chunk: DecodeChunk) -> Tensor:
+        """(S,) float32: the mean token loss of each text given its row of u, (S, d_e), alone."""
+        with adapters_off(self.backbone):
+            states = self._text_states(self._decoder_inputs(u, chunk), chunk)
+            texts = chunk.texts
+            return text_losses(self._logits, states, texts.labels, texts.weights, texts.rows, len(u), self.vocabulary)
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
@@ -334,10 +375,8 @@ class KarmaModel(nn.Module):
         with tqdm(total=len(order), desc="encoding users", unit="user", disable=not progress) as bar:
             for at in range(0, len(order), max(1, batch_tokens // width)):
                 part = order[at:at + max(1, batch_tokens // width)]
-                fields = self.prompts.build([histories[i] for i in part], [queries[i] for i in part])
-                hidden = self._prompt_states(fields)
-                emb = hidden[torch.arange(len(part)), fields["emb_columns"]]
-                out[torch.from_numpy(part)] = self.interest(emb).cpu()
+                chunk = self.prompts.build([histories[i] for i in part], [queries[i] for i in part]).to(self.device)
+                out[torch.from_numpy(part)] = self.interest(self._prompt_states(chunk)[chunk.emb]).cpu()
                 bar.update(len(part))
         self.train(training)
         return out

@@ -1,0 +1,147 @@
+"""Batches: where a pair is read, what stands in a prompt, which texts are looked at, chunks, streams."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_model import batch_of, build
+
+from karma_fast.config import ConfigError, KarmaConfig
+from karma_fast.data import training_windows
+from karma_fast.data.batches import KarmaCollator, Prompts, log_sampling_probability, request
+from karma_fast.data.packing import EMB, TEXT, Packed
+
+
+def test_pairs_read_the_item_before_their_target(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path)
+    batch = batch_of(model, tiny_data, 3)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, "all")
+    (chunk,), at = batch.prompts, 0
+    rows = torch.arange(3).repeat_interleave(chunk.tokens.offsets.diff())
+    for row in range(3):
+        window = tiny_data.sequences.items[starts[row]:ends[row]]
+        for place, target in enumerate(window[1:]):
+            assert rows[chunk.pairs[at]] == row and batch.keys[at] == target
+            if place == len(window) - 2:
+                assert chunk.pairs[at] == chunk.emb[row] and chunk.tokens.slots[chunk.pairs[at]] == EMB
+            else:
+                assert chunk.history_items[chunk.tokens.slots[chunk.pairs[at]]] == window[place]
+            at += 1
+    assert at == len(chunk.pairs)
+
+
+def test_queries_enter_the_prompt_and_are_refused_at_inner_positions(tiny_config, tiny_data, tmp_path):
+    sequences = dataclasses.replace(tiny_data.sequences, query_texts=["red rocket", "a knife"],
+                                    queries=np.arange(len(tiny_data.sequences.items), dtype=np.int32) % 3 - 1)
+    model = build(tiny_config, tiny_data, tmp_path, positions="last").eval()
+    with pytest.raises(ConfigError, match="positions last"):
+        KarmaCollator(KarmaConfig(positions="all"), model.prompts, sequences, None)
+    batch = batch_of(model, tiny_data, 3, sequences)
+    (chunk,) = batch.prompts
+    decoded = [model.tokenizer.decode(chunk.tokens.token_ids[start:emb][chunk.tokens.slots[start:emb] == TEXT])
+               for start, emb in zip(chunk.tokens.offsets, chunk.emb, strict=False)]
+    ends = training_windows(sequences, tiny_data.split, model.config.max_history, "last")[1]
+    for text, end in zip(decoded, ends, strict=False):
+        query = request(sequences, end - 1, 1)[1]
+        assert query in text and ("searches" in text) == bool(query)
+    history = [tiny_data.sequences.items[:3]] * 2
+    u = model.encode_users(history, ["red rocket", ""])
+    assert (u[0] - u[1]).abs().max() > 1e-3
+
+
+def test_hard_negatives_are_extra_keys_with_their_log_q_and_raise_the_loss(tiny_config, tiny_data, tmp_path):
+    plain = tiny_data.sequences
+    events = len(plain.items)
+    shown = dataclasses.replace(plain, negatives_indptr=np.arange(events + 1, dtype=np.int64) * 2,
+                                negatives=np.random.default_rng(0).integers(0, 40, 2 * events).astype(np.int32))
+    model = build(tiny_config, tiny_data, tmp_path).eval()
+    without, with_them = batch_of(model, tiny_data, 3), batch_of(model, tiny_data, 3, shown)
+    pairs = len(without.keys)
+    assert len(with_them.keys) == 3 * pairs and torch.equal(with_them.keys[:pairs], without.keys)
+    log_q = torch.from_numpy(log_sampling_probability(plain, tiny_data.split, 40))
+    assert torch.equal(with_them.log_q, log_q[with_them.keys])
+    assert model(with_them).parts.act > model(without).parts.act
+    limited = KarmaCollator(model.config, model.prompts, shown, None, max_hard_negatives=1)
+    starts, ends = training_windows(plain, tiny_data.split, model.config.max_history, "all")
+    assert len(limited([(int(starts[0]), int(ends[0]))]).keys) == 2 * (ends[0] - starts[0] - 1)
+
+
+def test_decode_share_and_positions_choose_by_window_alone(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, decode_share=0.4, decode_positions=3)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, "all")
+    windows = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    collate = model.collator(tiny_data.sequences)
+    whole, twice = collate(windows), collate(windows)
+    assert torch.equal(whole.decode_pairs, twice.decode_pairs) and whole.num_texts == 0.4 * len(windows)
+    single = [collate([w]) for w in windows]
+    assert sum(len(b.decode_pairs) for b in single) == len(whole.decode_pairs)
+    chosen = sum(len(b.decode_pairs) > 0 for b in single) / len(windows)
+    assert 0.15 < chosen < 0.65
+    assert max(len(b.decode_pairs) for b in single) == 3
+    for b in single:
+        assert not len(b.decode_pairs) or b.decode_pairs[-1] == len(b.prompts[0].pairs) - 1
+
+
+def test_prompts_cut_texts_and_leave_empty_ones_out(tiny_backbone):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
+    prompts = Prompts(KarmaConfig(max_text_tokens=5), tokenizer, ["a very long text about rockets", "", "x"])
+    assert [len(t) for t in prompts.texts] == [5, 0, len(prompts.texts[2])]
+    assert prompts.texts[0][-1] == prompts.texts[2][-1] == tokenizer.eos_token_id
+    chunk = prompts.build([np.array([0]), np.array([], dtype=int)], ["", ""], np.array([1, 2]))
+    head = len(prompts.instruction)
+    assert chunk.emb.tolist() == [head + 1, 2 * head + 2]
+    assert chunk.texts.rows.unique().tolist() == [1] and chunk.texts.labels.tolist() == prompts.texts[2]
+    assert chunk.texts.index.tolist() == list(range(2 * head + 2, 2 * head + 2 + len(prompts.texts[2])))
+    assert chunk.tokens.token_ids[chunk.texts.index[:-1] + 1].tolist() == prompts.texts[2][:-1]
+    assert chunk.texts.weights.sum() == 1
+
+
+def tokens_of(chunks):
+    """Prompt after prompt: what stands at each place, whatever chunk it is in."""
+    for chunk in chunks:
+        tokens = chunk.tokens
+        items = [int(chunk.history_items[s]) if s >= 0 else None for s in tokens.slots]
+        flat = list(zip(tokens.token_ids.tolist(), tokens.slots.clamp(max=0).tolist(), items, strict=True))
+        for start, end in zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True):
+            yield flat[start:end]
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_chunks_hold_the_same_prompts_pairs_and_texts(tiny_config, tiny_data, tmp_path, positions):
+    model = build(tiny_config, tiny_data, tmp_path, positions=positions, decode_share=0.7, decode_positions=2)
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, model.config.max_history, positions)
+    windows = list(zip(starts[:7].tolist(), ends[:7].tolist(), strict=True))
+    whole = model.collator(tiny_data.sequences)(windows)
+    for chunk_size in (1, 2, 3, 5, 7, 100):
+        parts = model.collator(tiny_data.sequences, chunk_size=chunk_size)(windows)
+        sizes = [len(c.emb) for c in parts.prompts]
+        assert len(sizes) == -(-7 // chunk_size) and max(sizes) <= chunk_size and max(sizes) - min(sizes) <= 1
+        assert list(tokens_of(whole.prompts)) == list(tokens_of(parts.prompts))
+        assert torch.equal(whole.keys, parts.keys) and torch.equal(whole.decode_pairs, parts.decode_pairs)
+        assert torch.equal(parts.key_items[parts.key_index], parts.keys)
+        assert sum(len(c.pairs) for c in parts.prompts) == len(whole.prompts[0].pairs)
+        assert [x for c in parts.decode for x in c.pairs.tolist()] == whole.decode_pairs.tolist()
+        assert parts.num_tokens == whole.num_tokens
+        for chunk in parts.prompts:
+            if len(parts.prompts) == 1 or not len(chunk.texts):
+                assert chunk.bare is None
+                continue
+            assert len(chunk.bare.pairs) == len(chunk.pairs) and not len(chunk.bare.texts)
+            for with_text, without in zip(tokens_of([chunk]), tokens_of([chunk.bare]), strict=True):
+                assert with_text[:len(without)] == without and without[-1][1] == EMB
+
+
+def test_padding_and_unpadding_undo_each_other():
+    packed = Packed.of(np.array([3, 0, 5, 1]), np.arange(9), np.full(9, TEXT))
+    x = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    block = packed.padded(x)
+    assert block.shape == (4, 5, 2) and torch.equal(packed.unpadded(block), x)
+    assert torch.equal(block[2], x[3:8]) and not block[0, 3:].any() and not block[1].any()
+    assert packed.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0] and packed.offsets.tolist() == [0, 3, 3, 8, 9]
+    assert torch.autograd.gradcheck(packed.padded, (x,))
+    assert torch.autograd.gradcheck(packed.unpadded, (block.detach().requires_grad_(),))
+    empty = Packed.of(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert empty.longest == 0 and len(empty) == 0

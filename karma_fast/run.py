@@ -90,7 +90,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         if resume:
             found = last_checkpoint(folder)
             say(f"going on from {found}" if found else f"{folder} has no complete checkpoint: starting at step 0")
-        with explain_memory(args):
+        with explain_memory(args, config.model, folder):
             trainer.train(resume_from_checkpoint=resume)
     if trainer.interrupted:
         say(f"\nstopped at step {trainer.state.global_step}, which is saved in {folder}; the same command with "

@@ -18,11 +18,12 @@ from transformers import TrainerCallback
 
 from . import __version__
 from .commands.common import cpu_name
-from .config import ConfigError, RunConfig, convert, unknown_key
+from .config import ConfigError, KarmaConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
-from .trainer import KarmaTrainer, KarmaTrainingArguments
+from .step import OutOfMemory
+from .trainer import KarmaTrainer, KarmaTrainingArguments, last_checkpoint
 
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
 
@@ -53,10 +54,17 @@ def training_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArguments:
-    """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
+    """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings.
+
+    On a GPU the optimiser's states take a byte a number and may leave the card, where bitsandbytes is there.
+    """
     config.training = training_settings(config.training) | {"output_dir": str(folder)}
     defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
                 "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available()}
+    if torch.cuda.is_available():
+        defaults |= {"dataloader_num_workers": 1}  # the next batch is made while the card works
+        if importlib.util.find_spec("bitsandbytes"):
+            defaults |= {"optim": "paged_adamw_8bit"}
     try:
         return KarmaTrainingArguments(**(defaults | config.training))
     except (ValueError, ImportError) as error:
@@ -91,20 +99,48 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
 
 
 @contextlib.contextmanager
-def explain_memory(args: KarmaTrainingArguments) -> Iterator[None]:
-    """Turns running out of memory into a MemoryError that says what to lower, and to what."""
+def explain_memory(args: KarmaTrainingArguments, config: KarmaConfig, folder: Path) -> Iterator[None]:
+    """Adds to a report of running out of memory which setting to lower, and to what."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) \
-                and "can't allocate memory" not in str(error):
-            raise
-        size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        advice = (f"set training.per_device_train_batch_size to {size // 2} (now {size}) and "
-                  f"training.gradient_accumulation_steps to {steps * 2} (now {steps}; each query then sees half the "
-                  "negatives)" if size > 1 else "set model.max_history and model.max_text_tokens lower")
-        raise MemoryError(f"out of memory in training: {str(error).splitlines()[0]}; {advice}, or "
-                          "model.gradient_checkpointing to true") from error
+    except OutOfMemory as error:
+        saved = last_checkpoint(folder)
+        resume = f"; {saved} holds the last complete step, and --resume goes on from it" if saved else ""
+        raise MemoryError(f"out of memory in {PARTS[error.part]}: {error}; {advice(error.part, args, config)}"
+                          f"{resume}") from error
+
+
+PARTS = {"prompts": "the language model's pass over the prompts", "contrastive": "the contrastive loss",
+         "reconstruction": "the decoder's pass over the target texts", "optimiser": "the optimiser's step",
+         "evaluation": "the evaluation during training"}
+
+
+def advice(part: str, args: KarmaTrainingArguments, config: KarmaConfig) -> str:
+    """What to set after a part did not fit.
+
+    >>> args = KarmaTrainingArguments(per_device_train_batch_size=64, chunk_size=16, use_cpu=True)
+    >>> advice("prompts", args, KarmaConfig(gradient_checkpointing=True))
+    'set training.chunk_size to 8 (now 16; the gradients stay the same)'
+    """
+    windows = args.train_batch_size
+    chunk = min(args.chunk_size or windows, windows)
+    if part == "optimiser":
+        return (f"set training.optim to paged_adamw_8bit (now {args.optim.value}), or model.lora_rank below "
+                f"{config.lora_rank}")
+    if part == "evaluation":
+        return f"set model.max_history below {config.max_history}"
+    if part == "contrastive":
+        return (f"set training.per_device_train_batch_size to {windows // 2} (now {windows}), or training.batch_size "
+                "to half; each query then sees half the negatives")
+    steps = []
+    if chunk > 1:
+        steps.append(f"set training.chunk_size to {chunk // 2} (now {chunk}; the gradients stay the same)")
+    if not config.gradient_checkpointing:
+        steps.append("set model.gradient_checkpointing to true")
+    if not steps:
+        steps.append(f"set model.max_history below {config.max_history} or model.max_text_tokens below "
+                     f"{config.max_text_tokens}")
+    return ", or ".join(steps)
 
 
 class Lines(TrainerCallback):
@@ -146,7 +182,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     if config.tuning == "lora":
         whole -= sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
     windows = trainer.train_dataset
-    pairs = sum(end - start - 1 for start, end in windows) / len(windows) if config.positions == "all" else 1
+    pairs = float((windows.ends - windows.starts - 1).mean()) if config.positions == "all" else 1
     # with several processes the embeddings of all of them are gathered
     seen = max(0, round(pairs * min(args.train_batch_size, len(windows)) * args.world_size) - 1)
     hard = "" if data.sequences.negatives is None else ", and its shown but unchosen items"

@@ -24,7 +24,8 @@ from .model.karma import KarmaModel
 
 
 class OutOfMemory(MemoryError):
-    """part: what did not fit: "prompts", "contrastive" or "reconstruction"."""
+    """part: what did not fit: "prompts", "contrastive", "reconstruction"; in a trainer "optimiser", "evaluation" too.
+    """
 
     def __init__(self, part: str, message: str) -> None:
         super().__init__(message)
@@ -174,6 +175,12 @@ def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
 @contextlib.contextmanager
 def drawing_from(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
     """Random numbers as from `random_state`; afterwards as if nothing had been drawn. None: nothing is changed."""
@@ -181,9 +188,7 @@ def drawing_from(state: tuple[Tensor, Tensor | None] | None, device: torch.devic
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
+        set_random_state(state, device)
         yield
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,10 @@ from .data.batches import log_sampling_probability
 from .data.schema import Dataset
 from .data.windows import training_windows
 from .evaluation.evaluate import evaluate_model
+from .losses import LossParts
 from .model.karma import KarmaModel
 from .processes import average_gradients
-from .step import backward
+from .step import OutOfMemory, backward, is_out_of_memory, random_state, set_random_state
 
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
@@ -165,7 +167,7 @@ class KarmaTrainer(Trainer):
             raise ValueError("DeepSpeed and FSDP cannot train a KarmaModel; several processes each hold the whole "
                              "(4-bit) model, as with torchrun")
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.doing = "training"  # for who runs out of memory
+        self.doing = "prompts"  # what runs out of memory, where `backward` does not say it
         self._sums: dict[str, float | Tensor] = defaultdict(float)
         self._norms: dict[str, dict[str, Tensor]] = {}
         self._since = time.perf_counter()
@@ -220,7 +222,7 @@ class KarmaTrainer(Trainer):
         if "loss" in logs and self._sums["batches"]:
             batches = self._sums.pop("batches")
             tokens = self._sums.pop("tokens")
-            parts = {name: float(value) / batches for name, value in self._sums.items()}
+            parts = self._means(batches)
             now = time.perf_counter()
             logs |= parts | {"scale": float(self.model.loss.contrastive.scale.detach()),
                              "tokens_per_second": tokens / (now - self._since),
@@ -238,10 +240,20 @@ class KarmaTrainer(Trainer):
                         "with `karma-fast check-data`")
         super().log(logs, start_time)
 
+    def _means(self, batches: int) -> dict[str, float]:
+        """The loss parts since the last log, averaged over batches and processes."""
+        names = [name for name in vars(LossParts()) if self.model.loss.wants(name)
+                 and (name != "vis" or self.model.image_head is not None)]
+        sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device) for name in names])
+        means = self.accelerator.gather(sums[None].float()).mean(dim=0) / batches
+        return dict(zip(names, means.tolist(), strict=True))
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """HR, NDCG, MRR over the full catalogue for the validation users; seen items masked."""
         positions = self.eval_positions if eval_dataset is None else np.asarray(eval_dataset)
+        self.doing = "evaluation"
         found = evaluate_model(self.model, self.data, positions)
+        self.doing = "prompts"
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
         self._since = time.perf_counter()  # the time of an evaluation is not the time of training steps
         self.log(metrics)
@@ -280,8 +292,29 @@ class KarmaTrainer(Trainer):
                     shutil.rmtree(stale)
             keep_log(folder / "log.jsonl", step)
         self._since = time.perf_counter()
-        with self._stop_on_interrupt():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with self._stop_on_interrupt():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = error if isinstance(error, OutOfMemory) else OutOfMemory(self.doing, str(error).splitlines()[0])
+            traceback.clear_frames(error.__traceback__)
+        self._save_after_out_of_memory(found)
+        raise found
+
+    def _save_after_out_of_memory(self, error: OutOfMemory) -> None:
+        """A checkpoint of the last complete step, whose successor failed; not while weights were being changed."""
+        self.model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        step = self.state.global_step
+        saved = (Path(self.args.output_dir) / f"checkpoint-{step}" / COMPLETE).exists()
+        if step == 0 or saved or error.part == "optimiser" or self.args.world_size > 1:
+            return
+        set_random_state(self.random_state, self.model.device)
+        with contextlib.suppress(torch.OutOfMemoryError, MemoryError, RuntimeError):
+            self._save_checkpoint(self.model, None)
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):
@@ -317,13 +350,20 @@ def keep_log(path: Path, step: int) -> None:
 
 
 class _Hooks(TrainerCallback):
-    """The scale's limit, the JSONL log, and the stop after Ctrl-C."""
+    """The scale's limit, the JSONL log, the stop after Ctrl-C, and what is needed after running out of memory."""
 
     def __init__(self, trainer: KarmaTrainer) -> None:
         self.trainer = trainer
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.random_state = random_state(self.trainer.model.device)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.doing = "optimiser"
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.model.loss.contrastive.clamp_()
+        self.trainer.doing = "prompts"
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.interrupted:

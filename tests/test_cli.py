@@ -224,17 +224,31 @@ def test_ctrl_c_saves_and_exits_with_130(shop):
     assert list((shop / "runs" / "stopped").glob("checkpoint-*/complete"))
 
 
-def test_out_of_memory_says_what_to_lower():
-    from types import SimpleNamespace
-
+@pytest.mark.parametrize("part, chunk_size, said", [
+    ("prompts", 8, "chunk_size to 4 .now 8; the gradients stay the same., or set model.gradient_checkpointing"),
+    ("prompts", None, "chunk_size to 16 .now 32"),
+    ("prompts", 1, "set model.gradient_checkpointing to true"),
+    ("contrastive", 8, "per_device_train_batch_size to 16 .now 32.*half the negatives"),
+    ("reconstruction", 8, "the decoder's pass .*chunk_size to 4"),
+    ("optimiser", 8, "training.optim to paged_adamw_8bit"), ("evaluation", None, "model.max_history below 20")])
+def test_out_of_memory_says_what_to_lower(tmp_path, part, chunk_size, said):
+    from karma_fast.config import KarmaConfig
     from karma_fast.run_setup import explain_memory
+    from karma_fast.step import OutOfMemory
+    from karma_fast.trainer import KarmaTrainingArguments
 
-    args = SimpleNamespace(per_device_train_batch_size=32, gradient_accumulation_steps=1)
-    with pytest.raises(MemoryError, match="per_device_train_batch_size to 16 .*gradient_accumulation_steps to 2"), \
-            explain_memory(args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    with pytest.raises(RuntimeError, match="shape"), explain_memory(args):  # other errors stay as they are
-        raise RuntimeError("shape mismatch")
+    args = KarmaTrainingArguments(per_device_train_batch_size=32, chunk_size=chunk_size, use_cpu=True)
+    with pytest.raises(MemoryError, match=f"2 GiB; .*{said}" if "pass" not in said else said) as caught, \
+            explain_memory(args, KarmaConfig(), tmp_path):
+        raise OutOfMemory(part, "tried to allocate 2 GiB")
+    assert "--resume" not in str(caught.value)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "complete").touch()
+    with pytest.raises(MemoryError, match="checkpoint-3 holds the last complete step, and --resume goes on from it"), \
+            explain_memory(args, KarmaConfig(), tmp_path):
+        raise OutOfMemory(part, "tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="shape"), explain_memory(args, KarmaConfig(), tmp_path):
+        raise RuntimeError("shape mismatch")  # other errors stay as they are
 
 
 @pytest.mark.parametrize("words, said", [

@@ -17,6 +17,7 @@ from karma_fast.config import KarmaConfig
 from karma_fast.data.batches import log_sampling_probability
 from karma_fast.evaluation.evaluate import evaluate_model, protocol
 from karma_fast.model.karma import KarmaModel
+from karma_fast.step import OutOfMemory
 from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments, keep_log, last_checkpoint, shares
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,55 @@ def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):
     assert trainer.interrupted and trainer.state.global_step == 2
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("part", ["contrastive_loss", "clamp_"])
+def test_out_of_memory_leaves_a_run_that_goes_on(tiny_config, tiny_data, tmp_path, monkeypatch, part):
+    options = {"max_steps": 5, "save_steps": 50, "chunk_size": 2, "model_changes": {"lora_dropout": 0.2}}
+    whole = trainer_of(tiny_config, tiny_data, tmp_path / "whole", tmp_path, **options)
+    whole.train()
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    owner = trainer.model if part == "contrastive_loss" else trainer.model.loss.contrastive
+    works, calls = getattr(owner, part), []
+
+    def fails(*args, **kwargs):
+        calls.append(part)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(owner, part, fails)
+    with pytest.raises(OutOfMemory, match=r"2\.00 GiB") as caught:
+        trainer.train()
+    if part == "clamp_":  # the weights of step 4 may be half changed
+        assert caught.value.part == "optimiser" and last_checkpoint(tmp_path / "run") is None
+        return
+    assert caught.value.part == "contrastive" and last_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    theirs = dict(whole.model.named_parameters())
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, theirs[name]), name
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_batch_size_counts_pairs_and_chunk_size_changes_nothing(tiny_config, tiny_data, tmp_path):
+    curves = []
+    for chunk_size in (None, 3):
+        trainer = trainer_of(tiny_config, tiny_data, tmp_path / f"{chunk_size}", tmp_path, batch_size=48,
+                             chunk_size=chunk_size)
+        windows = trainer.train_dataset
+        pairs = float((windows.ends - windows.starts - 1).mean())
+        assert trainer.args.train_batch_size == round(48 / pairs) > 3
+        trainer.train()
+        curves.append([[line[n] for n in ("act", "gen", "rec", "share_u/act")]
+                       for line in read_log(tmp_path / f"{chunk_size}") if "loss" in line])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-2)
+    for name in ("batch_size", "chunk_size"):
+        with pytest.raises(ValueError, match=f"{name}: got 0"):
+            KarmaTrainingArguments(use_cpu=True, **{name: 0})
+    with pytest.raises(ValueError, match="fp16"):
+        KarmaTrainingArguments(use_cpu=True, fp16=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_config, tiny_data, tmp_path):

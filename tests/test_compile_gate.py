@@ -25,6 +25,8 @@ from karma_kernels.info_nce import fused, library, op  # noqa: E402
 from karma_kernels.info_nce.problem import Wanted  # noqa: E402
 from karma_kernels.ranks import configs  # noqa: E402
 from karma_kernels.ranks import launch as ranks  # noqa: E402
+from karma_kernels.soft_prompt import fused as fused_prompt  # noqa: E402
+from karma_kernels.soft_prompt import op as projection  # noqa: E402
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FASTEST = {90: "wgmma", 100: "tcgen05"}  # elsewhere mma.sync
@@ -265,3 +267,41 @@ def leaves_no_trace() -> bool:
 
 def test_everything_is_put_back(pool):
     assert pool.submit(leaves_no_trace).result()
+
+
+PROJECTIONS = (*((256, 256, hidden, 1) for hidden in (576, 1536, 2048, 4096)),  # in, mid, hidden, num_tokens
+               (704, 704, 576, 4), (13, 100, 577, 3))  # through the workspace; nothing is aligned
+
+
+def compile_projection(capability: int) -> list[Launch]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches: list[Launch] = []
+    for kind, products in ((torch.bfloat16, "high"), (torch.float16, "high"), (torch.float32, "high"),
+                           (torch.float32, "highest")):
+        torch.set_float32_matmul_precision(products)
+        for width, mid, hidden, num_tokens in PROJECTIONS if kind == torch.bfloat16 else PROJECTIONS[::5]:
+            n, rows = (65536, 16384) if width == 256 else (961, 401)
+            places = [empty(n, dtype=torch.int64) for _ in range(2)]
+            weights = empty(width), empty(mid, width), empty(mid), empty(num_tokens * hidden, mid)
+            learned = empty(2, hidden) if num_tokens == 1 else None
+            x = projection.problem("fused", *places, empty(rows, width), *weights, empty(150_000, hidden, dtype=kind),
+                                   learned, empty(), num_tokens, 1e-6)
+            with compiling_for(capability) as found:
+                out, before = fused_prompt.forward(x)
+                fused_prompt.backward(x, before, out, frozenset(("w2", "learned") if learned is not None else ("w2",)))
+            launches += [launch for launch in found if launch not in launches]
+    return launches
+
+
+def test_kernels_of_the_projection(pool):
+    launches = [launch for found in pool.map(compile_projection, ARCHITECTURES) for launch in found]
+    print(f"\n{table(launches)}")
+    bad = [launch for launch in launches if launch.problems()]
+    assert not bad, table(bad)
+    for capability in ARCHITECTURES:
+        found = [launch for launch in launches if launch.capability == capability]
+        assert {x.kernel for x in found} == {"lengths_kernel", "write_kernel", "place_kernel", "through_norm_kernel",
+                                             "row_sums_kernel"}
+        assert {x.tensor_core for x in found if x.dots} == {FASTEST.get(capability, "mma.sync")}

@@ -71,8 +71,8 @@ def test_zero_and_nan_vectors():
     assert torch.isfinite(out[0]).all() and out[1].isnan().all()
 
 
-def insert_loop(token_ids, slots, soft, table):
-    rows = [[soft[s] if s >= 0 else table[t] for t, s in zip(ts, ss, strict=True)]
+def insert_loop(token_ids, slots, soft, table, learned):
+    rows = [[soft[s] if s >= 0 else table[t] if s == -1 else learned[-2 - s] for t, s in zip(ts, ss, strict=True)]
             for ts, ss in zip(token_ids.tolist(), slots.tolist(), strict=True)]
     return torch.stack([torch.stack(row) for row in rows])
 
@@ -84,14 +84,15 @@ def test_insert_equals_a_loop(batch, length, rows, num_tokens, seed):
     soft = torch.randn(rows, num_tokens, 4, generator=g, dtype=torch.float64, requires_grad=True)
     table = torch.randn(6, 4, generator=g, dtype=torch.float64, requires_grad=True)
     token_ids = torch.randint(0, 6, (batch, length), generator=g)
-    slots = torch.randint(-1, rows * num_tokens, (batch, length), generator=g)  # slots repeat and are left out
+    learned = torch.randn(2, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    slots = torch.randint(-3, rows * num_tokens, (batch, length), generator=g)  # slots repeat and are left out
     upstream = torch.randn(batch, length, 4, generator=g, dtype=torch.float64)
     results = []
-    for insert in (insert_soft_tokens, lambda t, s, soft, table: insert_loop(t, s, soft.flatten(0, 1), table)):
-        soft.grad = table.grad = None
-        out = insert(token_ids, slots, soft, table)
+    for insert, values in ((insert_soft_tokens, soft), (insert_loop, soft.flatten(0, 1))):
+        soft.grad = table.grad = learned.grad = None
+        out = insert(token_ids, slots, values, table, learned=learned)
         out.backward(upstream)
-        results.append((out, *(torch.zeros_like(x) if x.grad is None else x.grad for x in (soft, table))))
+        results.append((out, *(torch.zeros_like(x) if x.grad is None else x.grad for x in (soft, table, learned))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -156,7 +157,8 @@ V, W = torch.randn(2, 3), weights(dtype=torch.float32)
     ({"w2": W[3][:7]}, ValueError, "multiple of num_tokens = 2"),
     ({"num_tokens": 0}, ValueError, "num_tokens: got 0"),
     ({"token_norm": torch.ones(2)}, ValueError, "token_norm: got shape"),
-    ({"backend": "fused"}, ValueError, "only 'reference'"),
+    ({"token_norm": "1"}, TypeError, "token_norm: got str"),
+    ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
 ])
 def test_projection_refusals(change, error, message):
     options = dict(zip(("norm_weight", "w1", "b1", "w2"), W, strict=True)) | {"vectors": V, "num_tokens": 2} | change
@@ -171,15 +173,18 @@ IDS, SOFT, TABLE = torch.zeros(2, 3, dtype=torch.long), torch.randn(4, 5), torch
     ((IDS.float(), IDS, SOFT, TABLE), TypeError, "token_ids: got dtype"),
     ((IDS, IDS.bool(), SOFT, TABLE), TypeError, "slots: got dtype"),
     ((IDS, IDS[:1], SOFT, TABLE), ValueError, "both must be"),
-    ((IDS, IDS, SOFT[:, :4], TABLE), ValueError, "hidden"),
+    ((IDS, IDS, SOFT[:, :4], TABLE), ValueError, "soft tokens of width 4"),
     ((IDS, IDS, SOFT.long(), TABLE), TypeError, "soft: got dtype"),
     ((IDS, IDS.to("meta"), SOFT, TABLE), ValueError, "slots on meta"),
+    ((IDS, IDS, SOFT, TABLE[:0]), ValueError, "embedding_weight: got shape"),
 ])
 def test_insert_refusals(arguments, error, message):
     with pytest.raises(error, match=message):
         insert_soft_tokens(*arguments)
     with pytest.raises(ValueError, match="only 'reference'"):
         insert_soft_tokens(IDS, IDS, SOFT, TABLE, backend="fused")
+    with pytest.raises(ValueError, match="learned: got shape"):
+        insert_soft_tokens(IDS, IDS, SOFT, TABLE, learned=torch.ones(5))
 
 
 def test_module():
@@ -187,9 +192,10 @@ def test_module():
     vectors, table = torch.randn(3, 6), torch.randn(10, 8)
     tokens = projection(vectors)
     torch.testing.assert_close(tokens.norm(dim=-1), torch.full((3, 2), 4.0))
-    token_ids, slots = torch.tensor([[1, 0, 0, 2]]), torch.tensor([[-1, 4, 5, -1]])
-    out = projection.insert(token_ids, slots, vectors, table)
-    assert torch.equal(out[0], torch.stack([table[1], tokens[2, 0], tokens[2, 1], table[2]]))
+    learned = torch.randn(1, 8)
+    token_ids, slots = torch.tensor([[1, 0, 0, 2, 0]]), torch.tensor([[-1, 4, 5, -1, -2]])
+    out = projection.insert(token_ids, slots, vectors, table, learned)
+    assert torch.equal(out[0], torch.stack([table[1], tokens[2, 0], tokens[2, 1], table[2], learned[0]]))
     assert sorted(dict(projection.named_parameters())) == ["down.weight", "norm.weight", "up.bias", "up.weight"]
 
     projection.token_norm.fill_(7.0)  # saved with the weights

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, KarmaConfig
-from .packed_attention import use_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +83,8 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     Raises ConfigError with what to do when the model cannot be had, or a needed package is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .packed_attention import use_packed_attention
 
     device = torch.device(device) if device is not None else default_device()
     name = resolve_backbone(config.backbone)

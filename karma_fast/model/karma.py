@@ -205,10 +205,10 @@ class KarmaModel(nn.Module):
     def _prompt_states(self, chunk: PromptChunk) -> Tensor:
         """(N, hidden) last states of a chunk's stream."""
         tokens = chunk.tokens
-        embeds = self.history_projection.insert(tokens.token_ids[None], tokens.slots[None].clamp(min=-1),
-                                                self.features(chunk.history_items), self._embedding_table())[0]
-        embeds = embeds.index_put((chunk.emb,), self.emb_token.to(embeds.dtype))
-        return self._decoder_states(embeds, tokens)
+        embeds = self.history_projection.insert(tokens.token_ids[None], tokens.slots[None],
+                                                self.features(chunk.history_items), self._embedding_table(),
+                                                self.emb_token[None])
+        return self._decoder_states(embeds[0], tokens)
 
     def interest(self, states: Tensor) -> Tensor:
         """(n, hidden) states at a query's position -> (n, d_e) unit vectors, float32."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from karma_kernels import insert_soft_tokens, soft_prompt
+from karma_kernels import embed_prompt, soft_prompt
 
 
 class SoftPromptProjection(nn.Module):
@@ -54,25 +54,33 @@ class SoftPromptProjection(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         if vectors.ndim != 2 or vectors.shape[1] != self.in_features:
             raise ValueError(f"vectors: got shape {tuple(vectors.shape)}; (rows, {self.in_features}) is needed")
-        return soft_prompt(vectors, self.norm.weight, self.up.weight, self.up.bias, self.down.weight,
-                           num_tokens=self.num_tokens, token_norm=self.token_norm, eps=self.norm.eps)
+        return soft_prompt(vectors, *self._weights(), num_tokens=self.num_tokens, token_norm=self.token_norm,
+                           eps=self.norm.eps)
 
-    def insert(self, token_ids: Tensor, slots: Tensor, vectors: Tensor, embedding_weight: Tensor) -> Tensor:
+    def insert(self, token_ids: Tensor, slots: Tensor, vectors: Tensor, embedding_weight: Tensor,
+               learned: Tensor | None = None) -> Tensor:
         """Embeds a prompt whose tokens are partly items.
 
         Args:
-            token_ids: (B, T) integers; not read where an item stands.
-            slots: (B, T) integers: ``row * num_tokens + k`` for token k of ``vectors[row]``, -1 for a token of text.
+            token_ids: (B, T) integers; read only where slots is -1.
+            slots: (B, T) integers: ``row * num_tokens + k`` for token k of ``vectors[row]``, -1 for a token of text,
+                -2 - e for row e of ``learned``.
             vectors: (R, in_features); one row may stand in several places.
             embedding_weight: (V, hidden_size) token embeddings of the model.
+            learned: (E, hidden_size) tokens that are trained themselves.
 
         Returns:
-            (B, T, hidden_size), the ``inputs_embeds`` of the model, in the dtype of ``embedding_weight``.
+            (B, T, hidden_size), the ``inputs_embeds`` of the model, in the dtype of ``embedding_weight``. Nothing of
+            the size of the soft tokens is kept for the backward, see :func:`karma_kernels.embed_prompt`.
 
         Raises:
             IndexError: on a CPU, a slot or token id that does not exist; on other devices such a row becomes NaN.
         """
-        return insert_soft_tokens(token_ids, slots, self(vectors), embedding_weight)
+        return embed_prompt(token_ids, slots, vectors, *self._weights(), embedding_weight, learned=learned,
+                            num_tokens=self.num_tokens, token_norm=self.token_norm, eps=self.norm.eps)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.norm.weight, self.up.weight, self.up.bias, self.down.weight
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, hidden_size={self.hidden_size}, num_tokens={self.num_tokens}, "

@@ -7,6 +7,6 @@ tensor(0.3133)
 """
 
 from .info_nce import info_nce
-from .soft_prompt import insert_soft_tokens, soft_prompt
+from .soft_prompt import embed_prompt, insert_soft_tokens, soft_prompt
 
-__all__ = ["info_nce", "insert_soft_tokens", "soft_prompt"]
+__all__ = ["embed_prompt", "info_nce", "insert_soft_tokens", "soft_prompt"]

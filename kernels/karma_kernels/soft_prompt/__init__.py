@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..info_nce import transformed
+from ..numerics import compute_dtype
+from . import op
+from .checks import check_backend, check_floats, check_places, check_projection, check_values
 from .reference import insert_rows, soft_prompt_rows
+from .routing import route
 
-__all__ = ["insert_soft_tokens", "soft_prompt"]
-
-AVAILABLE = ("auto", "reference")
+__all__ = ["embed_prompt", "insert_soft_tokens", "soft_prompt"]
 
 
 def soft_prompt(vectors: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, num_tokens: int = 1,
@@ -30,14 +33,16 @@ def soft_prompt(vectors: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2
         num_tokens: soft tokens made from one vector.
         token_norm: length of each of them, a number or a tensor with one element.
         eps: added to the mean square in the RMSNorm.
-        backend: "auto" or "reference".
+        backend: as for :func:`embed_prompt`, with ``w2`` in the place of the token embeddings.
 
     Returns:
-        (R, num_tokens, hidden), dtype of ``w2``; half precision is computed in float32, under autocast too. A token
-        whose z is exactly 0 stays 0 and gets no gradient.
+        (R, num_tokens, hidden), dtype of ``w2``; half precision is computed in float32, under autocast too, but for
+        "fused", which rounds the factors of matrix products to bfloat16 where ``w2`` is. A token whose z is exactly 0
+        stays 0 and gets no gradient.
 
     Raises:
-        TypeError: wrong dtypes. ValueError: wrong shapes, devices or options.
+        TypeError: wrong dtypes. ValueError: wrong shapes, devices or options. RuntimeError: as in
+            :func:`embed_prompt`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -46,42 +51,33 @@ def soft_prompt(vectors: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2
         >>> tokens.shape, tokens.norm(dim=-1)[0]
         (torch.Size([3, 2, 16]), tensor([5., 5.]))
     """
-    _check_floats(vectors=vectors, norm_weight=norm_weight, w1=w1, b1=b1, w2=w2)
-    weights = {"norm_weight": norm_weight, "w1": w1, "b1": b1, "w2": w2}
-    if len({x.dtype for x in weights.values()}) > 1:
-        found = ", ".join(f"{name} {x.dtype}" for name, x in weights.items())
-        raise TypeError(f"got {found}; all weights need the same dtype")
-    if vectors.ndim != 2 or vectors.shape[1] == 0:
-        raise ValueError(f"vectors: got shape {tuple(vectors.shape)}; (rows, width) is needed")
-    width, mid = vectors.shape[1], b1.shape[0] if b1.ndim == 1 else -1
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        raise ValueError(f"num_tokens: got {num_tokens!r}; a whole number >= 1 is needed")
-    if norm_weight.shape != (width,) or w1.shape != (mid, width) or w2.ndim != 2 or w2.shape[1] != mid:
-        raise ValueError(f"vectors {tuple(vectors.shape)}, norm_weight {tuple(norm_weight.shape)}, w1 "
-                         f"{tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 {tuple(w2.shape)} do not fit; (rows, in), "
-                         "(in,), (mid, in), (mid,), (num_tokens * hidden, mid) is needed")
-    if w2.shape[0] == 0 or w2.shape[0] % num_tokens:
-        raise ValueError(f"w2: got {w2.shape[0]} rows; a multiple of num_tokens = {num_tokens} is needed")
-    if isinstance(token_norm, Tensor) and token_norm.numel() != 1:
-        raise ValueError(f"token_norm: got shape {tuple(token_norm.shape)}; one element is needed")
-    _check_backend(backend)
-    if isinstance(token_norm, Tensor):
-        token_norm = token_norm.reshape(())
+    check_projection(vectors, norm_weight, w1, b1, w2, num_tokens, token_norm)
+    rows, hidden = vectors.shape[0], w2.shape[0] // num_tokens
+    table = w2.new_empty(1, hidden)  # only its type and width count
+    backend = chosen(backend, table, rows * num_tokens, token_norm, vectors, norm_weight, w1, b1, w2)
     with torch.autocast(vectors.device.type, enabled=False):
-        return soft_prompt_rows(vectors, norm_weight, w1, b1, w2, num_tokens, token_norm, eps)
+        if backend == "reference":
+            return soft_prompt_rows(vectors, norm_weight, w1, b1, w2, num_tokens, scalar(token_norm), eps)
+        # the first token of every vector, then the second, ...: tokens side by side read the same part of w2
+        slots = torch.arange(rows * num_tokens, device=vectors.device).view(rows, num_tokens).T.reshape(1, -1)
+        out, _ = op.embed_prompt_op(slots, slots, vectors, norm_weight, w1, b1, w2, table, None,
+                                    on_device(token_norm, table), num_tokens, eps, backend)
+    return out.view(num_tokens, rows, hidden).transpose(0, 1)
 
 
 def insert_soft_tokens(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding_weight: Tensor, *,
-                       backend: str = "auto") -> Tensor:
+                       learned: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Writes soft tokens and token embeddings into one prompt.
 
     Args:
-        token_ids: (B, T) integers, rows of ``embedding_weight``; not read where a soft token stands.
+        token_ids: (B, T) integers, rows of ``embedding_weight``; read only where slots is -1.
         slots: (B, T) integers: row of the soft token that stands there (``r * num_tokens + k`` for token k of vector
-            r), or -1 for the token embedding. A soft token may stand in several places; its gradients add up.
+            r), -1 for the token embedding, -2 - e for row e of ``learned``. A row may stand in several places; its
+            gradients add up.
         soft: (R, num_tokens, hidden) or (S, hidden).
         embedding_weight: (V, hidden), the token embeddings of the model. Gets a gradient only if it requires one.
-        backend: "auto" or "reference".
+        learned: (E, hidden), tokens of a prompt that are trained themselves.
+        backend: "auto" or "reference"; :func:`embed_prompt` has faster ones, as it makes the soft tokens itself.
 
     Returns:
         (B, T, hidden) in the dtype of ``embedding_weight``. Gradients are added in a fixed order: same inputs, same
@@ -99,44 +95,99 @@ def insert_soft_tokens(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding
                  [5., 6.],
                  [0., 0.]]])
     """
-    for name, x in (("token_ids", token_ids), ("slots", slots)):
-        if x.is_floating_point() or x.dtype == torch.bool:
-            raise TypeError(f"{name}: got dtype {x.dtype}; integers are needed")
-    _check_floats(embedding_weight=embedding_weight, soft=soft)
-    if token_ids.ndim != 2 or token_ids.shape != slots.shape:
-        raise ValueError(f"token_ids {tuple(token_ids.shape)}, slots {tuple(slots.shape)}; both must be (batch, "
-                         "length)")
-    if soft.ndim not in (2, 3) or embedding_weight.ndim != 2 or soft.shape[-1] != embedding_weight.shape[1]:
-        raise ValueError(f"soft {tuple(soft.shape)}, embedding_weight {tuple(embedding_weight.shape)}; "
-                         "(rows, num_tokens, hidden) or (rows, hidden), and (vocabulary, hidden) is needed")
-    if len({x.device for x in (token_ids, slots, soft, embedding_weight)}) > 1:
-        raise ValueError(f"token_ids on {token_ids.device}, slots on {slots.device}, soft on {soft.device}, "
-                         f"embedding_weight on {embedding_weight.device}; all must be on one device")
-    _check_backend(backend)
+    check_floats(embedding_weight=embedding_weight, soft=soft)
+    if soft.ndim not in (2, 3):
+        raise ValueError(f"soft: got shape {tuple(soft.shape)}; (rows, num_tokens, hidden) or (rows, hidden) is "
+                         "needed")
+    check_places(token_ids, slots, soft.shape[-1], embedding_weight, learned)
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend: got {backend!r}; there is only 'reference' (and 'auto', which takes it); see "
+                         "embed_prompt for others")
     soft = soft.flatten(0, -2)
     token_ids, slots = token_ids.long(), slots.long()
-    if slots.device.type == "cpu" and slots.numel():
-        low, high = int(slots.min()), int(slots.max())
-        if low < -1 or high >= soft.shape[0]:
-            raise IndexError(f"slots: got {low} to {high}; with {soft.shape[0]} soft tokens -1 to "
-                             f"{soft.shape[0] - 1} is needed")
-        text = token_ids[slots < 0]
-        if text.numel() and not 0 <= int(text.min()) <= int(text.max()) < embedding_weight.shape[0]:
-            raise IndexError(f"token_ids: got {int(text.min())} to {int(text.max())}; with {embedding_weight.shape[0]}"
-                             f" token embeddings 0 to {embedding_weight.shape[0] - 1} is needed")
-    return insert_rows(token_ids, slots, soft, embedding_weight)
+    check_values(token_ids, slots, soft.shape[0], 0 if learned is None else learned.shape[0],
+                 embedding_weight.shape[0])
+    return insert_rows(token_ids, slots, soft, embedding_weight, learned)
 
 
-def _check_floats(**tensors: Tensor) -> None:
-    devices = {x.device for x in tensors.values()}
-    if len(devices) > 1:
-        raise ValueError("got " + ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
-                         + "; all must be on one device")
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: got dtype {x.dtype}; a floating dtype is needed")
+def embed_prompt(token_ids: Tensor, slots: Tensor, vectors: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor,
+                 w2: Tensor, embedding_weight: Tensor, *, learned: Tensor | None = None, num_tokens: int = 1,
+                 token_norm: float | Tensor = 1.0, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+    """:func:`soft_prompt` and :func:`insert_soft_tokens` in one.
+
+    Memory beyond inputs, output and gradients: (R, mid) numbers kept for the backward, copies of the weights in the
+    dtype of products, and 64 MiB; "reference" keeps the soft tokens several times.
+
+    Args:
+        token_ids: (B, T) integers, rows of ``embedding_weight``; read only where slots is -1.
+        slots: (B, T) integers: ``r * num_tokens + k`` for token k of vector r, -1 for the token embedding, -2 - e for
+            row e of ``learned``. A row may stand in several places or in none.
+        vectors, norm_weight, w1, b1, w2: (R, in), (in,), (mid, in), (mid,), (num_tokens * hidden, mid), see
+            :func:`soft_prompt`. The weights may have another dtype than the token embeddings.
+        embedding_weight: (V, hidden), the token embeddings of the model. Gets a gradient only if it requires one.
+        learned: (E, hidden), tokens of a prompt that are trained themselves, any floating dtype.
+        num_tokens, token_norm, eps: see :func:`soft_prompt`. ``token_norm`` gets a gradient from "reference" alone.
+        backend: "reference" is the definition, keeps what it computes and alone has second derivatives and
+            forward-mode ones. "chunked" works on some rows at a time. "fused" are Triton kernels for CUDA devices;
+            with bfloat16 token embeddings the factors of matrix products are rounded to bfloat16, as autocast does,
+            and all else is float32. "auto" takes the fastest.
+
+    Returns:
+        (B, T, hidden) in the dtype of ``embedding_weight``. Same inputs, same bits, for gradients too.
+
+    Raises:
+        IndexError: on a CPU, a slot or a token id that does not exist. On other devices, and in a compiled function,
+            that row becomes NaN, so that nothing has to wait for a check. TypeError: wrong dtypes. ValueError: wrong
+            shapes, devices or options. RuntimeError: "fused" without a CUDA device or without Triton; derivatives
+            that only "reference" has.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> weights = torch.ones(4), torch.randn(8, 4), torch.zeros(8), torch.randn(2, 8)
+        >>> table, learned = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+        >>> out = embed_prompt(torch.tensor([[1, 0, 0]]), torch.tensor([[-1, 2, -2]]), torch.randn(3, 4), *weights,
+        ...                    table, learned=learned, token_norm=5.0)
+        >>> out[0, 0], out[0, 1].norm(), out[0, 2]
+        (tensor([1., 1.]), tensor(5.), tensor([0.5000, 0.5000]))
+    """
+    check_projection(vectors, norm_weight, w1, b1, w2, num_tokens, token_norm)
+    check_places(token_ids, slots, w2.shape[0] // num_tokens, embedding_weight, learned)
+    if vectors.device != slots.device:
+        raise ValueError(f"vectors are on {vectors.device} and slots on {slots.device}; move one of them")
+    num_soft = vectors.shape[0] * num_tokens
+    backend = chosen(backend, embedding_weight, num_soft, token_norm, vectors, norm_weight, w1, b1, w2,
+                     embedding_weight, learned)
+    check_values(token_ids, slots, num_soft, 0 if learned is None else learned.shape[0],
+                 embedding_weight.shape[0])
+    with torch.autocast(vectors.device.type, enabled=False):
+        if backend == "reference":
+            soft = soft_prompt_rows(vectors, norm_weight, w1, b1, w2, num_tokens, scalar(token_norm), eps)
+            return insert_rows(token_ids.long(), slots.long(), soft.flatten(0, 1), embedding_weight, learned)
+        return op.embed_prompt_op(token_ids, slots, vectors, norm_weight, w1, b1, w2, embedding_weight, learned,
+                                  on_device(token_norm, embedding_weight), num_tokens, eps, backend)[0]
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in AVAILABLE:
-        raise ValueError(f"backend: got {backend!r}; this version has only 'reference' (and 'auto', which takes it)")
+def chosen(backend: str, table: Tensor, num_soft: int, token_norm: float | Tensor, *tensors: Tensor | None) -> str:
+    """The implementation to take, "auto" resolved."""
+    check_backend(backend, table, token_norm)
+    if transformed(*tensors, token_norm):
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(f"backend {backend!r} has no forward-mode derivatives and does not run under "
+                               "torch.func's transforms; take backend='reference' or 'auto'")
+        return "reference"
+    if backend != "auto":
+        return backend
+    if isinstance(token_norm, Tensor) and token_norm.requires_grad:
+        return "reference"
+    return route(table.dtype, num_soft, table.shape[1], table.device)
+
+
+def scalar(token_norm: float | Tensor) -> float | Tensor:
+    return token_norm.reshape(()) if isinstance(token_norm, Tensor) else token_norm
+
+
+def on_device(token_norm: float | Tensor, table: Tensor) -> Tensor:
+    """Filled there: no copy that a CUDA graph could not capture."""
+    if isinstance(token_norm, Tensor):
+        return token_norm.detach().reshape(())
+    return torch.full((), float(token_norm), dtype=compute_dtype(table.dtype), device=table.device)

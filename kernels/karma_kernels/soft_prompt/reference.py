@@ -21,15 +21,20 @@ def soft_prompt_rows(vectors: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tenso
     return (token_norm * unit_rows(z)).to(w2.dtype)
 
 
-def insert_rows(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding_weight: Tensor) -> Tensor:
-    """(B, T) ids, (B, T) slots, (S, hidden) soft tokens, (V, hidden) table -> (B, T, hidden)."""
-    is_soft = slots >= 0
-    # ids under a soft token and slots at a text token are never read: 0 stands there
-    ids = token_ids.masked_fill(is_soft, 0)
-    bad = (slots < -1) | (slots >= soft.shape[0]) | (ids < 0) | (ids >= embedding_weight.shape[0])
+def insert_rows(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding_weight: Tensor,
+                learned: Tensor | None = None) -> Tensor:
+    """(B, T) ids, (B, T) slots, (S, hidden) soft tokens, (V, hidden) table, (E, hidden) learned -> (B, T, hidden)."""
+    places = [(slots, soft)] if learned is None else [(slots, soft), (-2 - slots, learned)]
+    # ids are read at text tokens only: elsewhere 0 stands for them
+    ids = token_ids.masked_fill(slots != -1, 0)
+    bad = (ids < 0) | (ids >= embedding_weight.shape[0])
     # F.embedding, as its backward adds repeated rows in a fixed order; plain indexing does not
     out = F.embedding(ids.clamp(0, embedding_weight.shape[0] - 1), embedding_weight)
-    if soft.shape[0]:
-        rows = F.embedding(slots.clamp(0, soft.shape[0] - 1), soft.to(out.dtype))
-        out = torch.where(is_soft.unsqueeze(-1), rows, out)
-    return out.masked_fill(bad.unsqueeze(-1), torch.nan)
+    found = slots == -1
+    for rows, values in places:
+        if values.shape[0]:
+            inside = (rows >= 0) & (rows < values.shape[0])
+            taken = F.embedding(rows.clamp(0, values.shape[0] - 1), values.to(out.dtype))
+            out = torch.where(inside.unsqueeze(-1), taken, out)
+            found = found | inside
+    return out.masked_fill((bad | ~found).unsqueeze(-1), torch.nan)

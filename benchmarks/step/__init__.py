@@ -1,0 +1,1 @@
+"""The benchmark of a whole training step against the usual libraries: ``python -m benchmarks.step --help``."""

@@ -181,9 +181,24 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                 "examples:\n  karma-fast check-data shop.yaml\n  karma-fast check-data --interactions clicks.csv "
                 f"--items items.csv --time_column ts\n\n{section_help(DataConfig)}", True)
     check.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    plan = add("plan", "plan", "predict the GPU memory of a training run, and find settings that fit",
+               "examples:\n  karma-fast plan shop.yaml --gpu-memory 12GB\n  karma-fast plan --model qwen2.5-1.5b "
+               "--gpu-memory 8GB --batch-size 4096\n  karma-fast plan --model qwen2.5-7b --batch-size 4096 "
+               "--chunk-size 8 --json\n\nNeither weights nor a GPU are needed: only config.json is read, and for "
+               "smollm2-135m-instruct and\nqwen2.5-0.5b, -1.5b, -3b and -7b not even that. Exit code 1 says that "
+               f"nothing fits.\n\n{settings_help()}", True)
+    plan.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="settings and data; without it, stated "
+                      "assumptions are made about the data")
+    plan.add_argument("--model", metavar="M", help="local folder, hub id or known name (model.backbone)")
+    plan.add_argument("--gpu-memory", metavar="12GB", help="memory of the GPU; GB are 10^9 bytes, GiB 2^30 (default: "
+                      "that of the first GPU here)")
+    plan.add_argument("--batch-size", type=whole, metavar="PAIRS",
+                      help="query-target pairs that compete in a step on one GPU (training.batch_size)")
+    plan.add_argument("--chunk-size", type=whole, metavar="WINDOWS",
+                      help="read at once (training.chunk_size); default: the largest that fits is looked for")
     doctor = add("doctor", "doctor", "show versions, hardware, caches, and how to install what is missing",
                  "example:\n  karma-fast doctor --json")
-    for command in (evaluate, recommend, check, doctor):
+    for command in (evaluate, recommend, check, plan, doctor):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return parser, made
 

@@ -186,6 +186,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     # with several processes the embeddings of all of them are gathered
     seen = max(0, round(pairs * min(args.train_batch_size, len(windows)) * args.world_size) - 1)
     hard = "" if data.sequences.negatives is None else ", and its shown but unchosen items"
+    at_once = min(args.chunk_size or args.train_batch_size, args.train_batch_size)
     steps = args.max_steps if args.max_steps > 0 else round(
         args.num_train_epochs * -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps))
     return "\n".join([
@@ -196,5 +197,22 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
         f"{millions(trained)} trained, computing in {str(compute_dtype(args.device)).removeprefix('torch.')}",
         f"  training   {steps:,} steps of {args.train_batch_size} of {len(windows):,} windows; each query sees about "
         f"{seen:,} negatives{hard}",
+        f"  memory     {at_once} windows at once (training.chunk_size); {predicted_memory(trainer, data)}",
         f"  seed       {args.seed}",
         f"  writes to  {folder}", ""])
+
+
+def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
+    """What `karma-fast plan` says of this run, as part of a line."""
+    from .planning import plan_memory
+
+    args, model = trainer.args, trainer.model
+    try:
+        with torch.random.fork_rng([]):  # a run must not depend on its prediction
+            plan = plan_memory(model.config, batch_size=args.train_batch_size, chunk_size=args.chunk_size,
+                               device_type=args.device.type, data=data, tokenizer=model.tokenizer,
+                               optimiser=args.optim.value)
+    except Exception as error:  # a model that the simulation does not know trains all the same
+        return f"its memory could not be predicted ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+    where = "of the GPU" if args.device.type == "cuda" else "of tensors, beside the program itself"
+    return f"predicted: at most about {plan.peak / 1e9:.1f} GB {where}"

@@ -63,10 +63,22 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_plan_says_what_fits(tmp_path):
+    config = tmp_path / "shop.yaml"
+    config.write_text("model: {backbone: smollm2-135m-instruct, positions: last}\ntraining: {chunk_size: 4}\n")
+    out, _ = karma("plan", "shop.yaml", "--gpu-memory", "4GB", "--batch-size", "64", "--max_history", "10",
+                   folder=tmp_path)
+    assert "it fits" in out and "batch_size                   64" in out and "chunk_size                   4" in out
+    assert "up to 63 negatives" in out and "every window has 10 items" in out
+    found = json.loads(karma("plan", "--model", "qwen2.5-7b", "--gpu-memory", "1GB", "--chunk-size", "1", "--json",
+                             folder=tmp_path, code=1)[0])
+    assert not found["fits"] and found["parts"]["frozen weights"] > 3e9
+
+
 def test_help_names_commands_settings_and_exit_codes(tmp_path):
     out, _ = karma("--help", folder=tmp_path)
     commands = build_parser()[1]
-    assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "doctor"}
+    assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "plan", "doctor"}
     assert all(name in out for name in commands) and "130" in out
     text = commands["train"].format_help()
     assert "decode_weight=0.1" in text and "projection_learning_rate" in text and "user_column" in text

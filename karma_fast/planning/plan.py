@@ -1,0 +1,223 @@
+"""Memory of a training step, part by part, and the settings that fit a budget."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import KarmaConfig
+from ..data.schema import Dataset
+from .build import LAYERS, decoder_layers, depth, simulated_model, weight_bytes
+from .optimiser import state_bytes
+from .shapes import language_model
+from .simulated import Simulation
+from .timeline import REPEATED, Peak, Recorder, peak_of
+from .workload import Workload
+
+if TYPE_CHECKING:
+    from ..data.batches import KarmaBatch
+    from ..model.karma import KarmaModel
+
+# Assumed, not simulated: what a process takes on a GPU outside torch's allocator (context, kernels, libraries), the
+# allocator's workspaces for cuBLAS, and its loss by cutting, as a share of what is in use
+CUDA_CONTEXT, CUBLAS, FRAGMENTS = 500 << 20, 32 << 20, 0.04
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes of a step at its peak, by part; they add up to ``peak``.
+
+    parts: "frozen weights" (4-bit ones packed, with their scales), "trained weights", "item features", "optimiser";
+    at the moment of the peak "gradients" of weights, "activations" that forwards saved and "temporaries"; on a GPU
+    "runtime", which is assumed. negatives: that each query sees. assumed: what was not known, in sentences. changes:
+    where nothing fits, settings with the ``peak_bytes`` each would give, the best first.
+    """
+
+    parts: dict[str, int]
+    backbone: str
+    device_type: str
+    batch_size: int
+    chunk_size: int
+    gradient_checkpointing: bool
+    max_history: int
+    negatives: int
+    assumed: list[str] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def fits(self, budget_bytes: int) -> bool:
+        return self.peak <= budget_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"peak_bytes": self.peak, **dataclasses.asdict(self)}
+
+
+def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | None = None, device_type: str = "cuda",
+                data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused") -> MemoryPlan:
+    """The memory of a training step at its peak, from the language model's configuration alone.
+
+    The model's own code runs on tensors without values, with three decoder layers that stand for all. No weight is
+    loaded and no GPU is needed.
+
+    Args:
+        config: the model's settings; ``backbone`` may be a name of `karma_fast.planning.shapes`.
+        batch_size: windows of a step on one device. chunk_size: windows that are read at once; None: all.
+        device_type: "cuda" or "cpu".
+        data: its numbers and longest texts and histories are used; else the limits of the settings are taken to be
+            met by every window, over 100,000 items.
+        tokenizer: of the backbone, to count the instruction's tokens; else 4 characters are taken for one.
+        optimiser: as in the training setting ``optim``.
+
+    Raises ConfigError for a backbone whose configuration cannot be read.
+
+    Example:
+        >>> config = KarmaConfig(backbone="smollm2-135m-instruct", quantization="none", decode_weight=0.0)
+        >>> plan_memory(config, batch_size=512, chunk_size=2).fits(4 * 10**9)
+        True
+    """
+    return Planner(config, batch_size=batch_size, device_type=device_type, data=data, tokenizer=tokenizer,
+                   optimiser=optimiser).plan(chunk_size)
+
+
+class Planner:
+    """One simulated model, for plans with several chunk sizes; arguments as for `plan_memory`.
+
+    layers: that are simulated; the others are taken to be like them.
+    """
+
+    def __init__(self, config: KarmaConfig, *, batch_size: int, device_type: str = "cuda", data: Dataset | None = None,
+                 tokenizer=None, optimiser: str = "adamw_torch_fused", layers: int = LAYERS) -> None:
+        self.shape = language_model(config.backbone)
+        self.workload = Workload.of(config, self.shape.get_text_config().hidden_size, data, tokenizer)
+        self.config, self.batch_size, self.optimiser = config, batch_size, optimiser
+        self.device_type, self.data = device_type, data
+        self.extra_layers = max(0, depth(self.shape) - layers)
+        self.simulation = Simulation(device_type)
+        with self.simulation.entered():
+            self.model = simulated_model(self.workload.applied(config), self.shape, self.workload, batch_size,
+                                         self.simulation, layers)
+
+    def peak(self, chunk_size: int | None) -> Peak:
+        """Of a step's forward and backward, beyond what is there before it."""
+        simulation, model = self.simulation, self.model
+        batch = self.workload.batch(model, self.batch_size, chunk_size)
+        layers = layers_of(model)
+        with simulation.entered():
+            simulation.forget()
+            recorder = Recorder(simulation, *layers)
+            training_step(model, batch, simulation)
+            recorder.stop()
+            repeated = {id(p) for p in layers[1][REPEATED].parameters()} if self.extra_layers else set()
+            of = {id(p): simulation.block_of(p.grad) for p in model.parameters() if p.grad is not None}
+            found = peak_of(simulation, recorder.passes, self.extra_layers, set(of.values()),
+                            {block for p, block in of.items() if p in repeated})
+            model.zero_grad()
+        return found
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of "frozen weights", "trained weights" and "item features"."""
+        with self.simulation.entered():
+            return weight_bytes(self.model, self.simulation, self.extra_layers)
+
+    def plan(self, chunk_size: int | None = None) -> MemoryPlan:
+        """Of steps of ``chunk_size`` windows at once; None: all."""
+        trained = trained_sizes(self.model, self.extra_layers)
+        peak = self.peak(chunk_size)
+        gradients = sum(4 * size for size in trained)
+        if gradients > peak.total:  # the optimiser's step is the moment of the peak
+            peak = Peak(gradients, 0, 0)
+        parts = {**self.weights(), "optimiser": state_bytes(trained, self.optimiser, self.simulation.granularity),
+                 "gradients": peak.gradients, "activations": peak.activations, "temporaries": peak.temporaries}
+        if self.device_type == "cuda":
+            parts["runtime"] = CUDA_CONTEXT + CUBLAS + int(FRAGMENTS * sum(parts.values()))
+        pairs = self.batch_size * (self.workload.history if self.config.positions == "all" else 1)
+        return MemoryPlan(parts, self.config.backbone, self.device_type, self.batch_size,
+                          min(chunk_size or self.batch_size, self.batch_size), self.config.gradient_checkpointing,
+                          self.workload.history, pairs * (1 + self.workload.hard_negatives) - 1, self.assumed())
+
+    def assumed(self) -> list[str]:
+        load, out = self.workload, []
+        if self.data is None:
+            widths = " + ".join(f"{width} ({kind})" for kind, width in load.widths.items())
+            out.append(f"{load.items:,} items with vectors of {widths} numbers")
+        out.append(f"every window has {load.history} items before its target, a text of {load.text_tokens} tokens"
+                   + (f" and a query of {load.query_tokens}" if load.query_tokens else ""))
+        if self.device_type == "cuda":
+            out.append(f"{CUDA_CONTEXT >> 20} MiB for the CUDA context, {CUBLAS >> 20} MiB for cuBLAS, and "
+                       f"{FRAGMENTS:.0%} of the rest lost between the allocator's blocks")
+            out.append("bfloat16 and fused attention, as on GPUs of compute capability 8.0 and later")
+        return out
+
+
+def layers_of(model: KarmaModel) -> tuple[nn.Module, nn.ModuleList]:
+    from ..model.backbone import causal_lm
+
+    lm = causal_lm(model.backbone)
+    return lm.base_model, decoder_layers(lm)
+
+
+def trained_sizes(model: KarmaModel, extra_layers: int) -> list[int]:
+    """Elements of each trained tensor of the full model."""
+    repeated = {id(p) for p in layers_of(model)[1][REPEATED].parameters()} if extra_layers else set()
+    return [p.numel() for p in model.parameters() if p.requires_grad
+            for _ in range(1 + (extra_layers if id(p) in repeated else 0))]
+
+
+def training_step(model: KarmaModel, batch: KarmaBatch, simulation: Simulation) -> None:
+    """Forward and backward as in training; of many chunks the first and the last are read, the others are one that
+    costs next to nothing."""
+    from ..step import backward
+
+    prompts, decode = shortened(batch.prompts), shortened(batch.decode)
+    short = dataclasses.replace(batch, prompts=prompts, decode=decode).mapped(simulation.simulated)
+    simulation.take(bytes_of(batch, simulation.granularity) - bytes_of(short, simulation.granularity))
+    unread = short.prompts[1:-1] if len(prompts) < len(batch.prompts) else []
+    model.read = except_for(unread, model.read, lambda chunk, **_: (
+        stand_in(model, len(chunk.pairs), model.config.embedding_dim), stand_in(model)))
+    unread = short.decode[1:-1] if len(decode) < len(batch.decode) else []
+    model.reconstruction_loss = except_for(unread, model.reconstruction_loss, lambda u, chunk: u.sum())
+    try:
+        backward(model, short)
+    finally:
+        del model.read, model.reconstruction_loss
+
+
+def shortened(chunks: list) -> list:
+    """The first and the last chunk, and one with the pairs of all between."""
+    if len(chunks) <= 3:
+        return chunks
+    between = copy.copy(chunks[1])
+    between.pairs, between.bare = torch.cat([chunk.pairs for chunk in chunks[1:-1]]), None
+    return [chunks[0], between, chunks[-1]]
+
+
+def bytes_of(batch, granularity: int) -> int:
+    """Of all tensors in it."""
+    total = 0
+
+    def count(x: Tensor) -> Tensor:
+        nonlocal total
+        total += -(-x.nbytes // granularity) * granularity
+        return x
+
+    batch.mapped(count)
+    return total
+
+
+def except_for(chunks: list, call: Callable, instead: Callable) -> Callable:
+    """``call``, or ``instead`` where one of the chunks is an argument."""
+    names = set(map(id, chunks))
+    return lambda *args, **options: (instead if names & set(map(id, args)) else call)(*args, **options)
+
+
+def stand_in(model: KarmaModel, *size: int) -> Tensor:
+    return torch.zeros(size, device=model.device, requires_grad=torch.is_grad_enabled())

@@ -1,0 +1,100 @@
+"""What a step is fed with, as far as memory goes: how many windows, how long, over how many items."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import KarmaConfig
+from ..data.schema import Dataset, Items, Sequences
+from ..data.windows import training_windows
+
+if TYPE_CHECKING:
+    from ..data.batches import KarmaBatch
+    from ..model.karma import KarmaModel
+
+ASSUMED_ITEMS = 100_000
+CHARACTERS_A_TOKEN = 4  # of English text, roughly
+
+
+@dataclass
+class Workload:
+    """The largest a run can meet: every window, text and query as long as it can be.
+
+    items: of the catalogue. history: items before the target. text_tokens, query_tokens, instruction_tokens: with an
+    end token for texts. hard_negatives: of each pair. widths: of an item's vectors by kind.
+    """
+
+    items: int
+    history: int
+    text_tokens: int
+    query_tokens: int
+    instruction_tokens: int
+    hard_negatives: int
+    widths: dict[str, int]
+
+    @classmethod
+    def of(cls, config: KarmaConfig, hidden: int, data: Dataset | None = None, tokenizer=None) -> Workload:
+        """From the settings, and from the data where there is some; else every limit of the settings is met."""
+        if tokenizer is not None and config.instruction:
+            instruction = len(tokenizer(config.instruction)["input_ids"])
+        else:
+            instruction = -(-len(config.instruction) // CHARACTERS_A_TOKEN)
+        widths = {"text": hidden, "image": 0, "id": config.id_dim}
+        if data is None:
+            return cls(ASSUMED_ITEMS, config.max_history, config.max_text_tokens,
+                       config.max_query_tokens if config.positions == "last" else 0, instruction, 0,
+                       {kind: width for kind, width in widths.items() if width})
+        items, sequences = data.items, data.sequences
+        starts, ends = training_windows(sequences, data.split, config.max_history, config.positions)
+        if items.image_vectors is not None:
+            widths["image"] = items.image_vectors.shape[1]
+        if items.id_vectors is not None:
+            widths["id"] = items.id_vectors.shape[1]
+        if not any(items.texts):
+            widths["text"] = 0
+        hard = 0 if sequences.negatives_indptr is None else min(8, int(np.diff(sequences.negatives_indptr).max()))
+        longest = max(map(len, items.texts), default=0)  # a token has at least one character
+        return cls(len(items), int((ends - starts).max(initial=2)) - 1, min(config.max_text_tokens, longest + 1),
+                   0 if sequences.queries is None else config.max_query_tokens, instruction, hard,
+                   {kind: width for kind, width in widths.items() if width})
+
+    def applied(self, config: KarmaConfig) -> KarmaConfig:
+        """The settings under which the batches below have this workload's lengths."""
+        return dataclasses.replace(config, instruction="x" * self.instruction_tokens,
+                                   max_query_tokens=self.query_tokens, max_text_tokens=max(1, self.text_tokens))
+
+    def two_rows(self) -> dict[str, np.ndarray]:
+        return {kind: np.eye(2, width, dtype=np.float32) for kind, width in self.widths.items()}
+
+    def catalogue(self, batch_size: int) -> Items:
+        """The items that a batch can hold."""
+        count = min(self.items, batch_size * (self.history + 1) * (1 + self.hard_negatives))
+        text = "x" * max(0, self.text_tokens - 1)  # and the end
+        return Items(np.arange(count).astype(object), [text] * count, [""] * count)
+
+    def batch(self, model: KarmaModel, batch_size: int, chunk_size: int | None) -> KarmaBatch:
+        """What the collator makes of ``batch_size`` windows of different items."""
+        length, count = self.history + 1, len(model.items)
+        events = batch_size * length
+        sequences = Sequences(np.arange(batch_size).astype(object), np.arange(batch_size + 1) * length,
+                              np.arange(events, dtype=np.int32) % count)
+        if self.query_tokens:
+            sequences.queries, sequences.query_texts = np.zeros(events, np.int32), ["x" * self.query_tokens]
+        if self.hard_negatives:
+            sequences.negatives_indptr = np.arange(events + 1) * self.hard_negatives
+            sequences.negatives = np.arange(events * self.hard_negatives, dtype=np.int32)[::-1] % count
+        collate = model.collator(sequences, np.zeros(count, np.float32), chunk_size=chunk_size)
+        return collate([(n * length, (n + 1) * length) for n in range(batch_size)])
+
+
+class Tokens:
+    """Stands for a tokenizer: a token for each character."""
+
+    eos_token_id = pad_token_id = 2
+
+    def __call__(self, texts, **options) -> dict[str, list]:
+        return {"input_ids": [1] * len(texts) if isinstance(texts, str) else [[1] * len(t) for t in texts]}

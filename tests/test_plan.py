@@ -1,0 +1,265 @@
+"""Predicted memory: against measured steps, against the shapes of known models, and what is proposed from it."""
+
+import gc
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from karma_fast.commands.plan import gpu_memory, main
+from karma_fast.config import ConfigError, KarmaConfig
+from karma_fast.model.backbone import load_backbone
+from karma_fast.model.features import ItemFeatures
+from karma_fast.model.karma import KarmaModel
+from karma_fast.planning import Planner, plan_memory, propose
+from karma_fast.planning.optimiser import state_bytes
+from karma_fast.planning.simulated import Simulation
+from karma_fast.planning.workload import Tokens, Workload
+from karma_fast.step import backward
+
+WEIGHTS = ("frozen weights", "trained weights", "item features")
+STEP = ("gradients", "activations", "temporaries")
+# changes of the settings, windows of a batch, windows at once
+CASES = {
+    "plain": ({}, 8, None),
+    "chunks": ({}, 16, 4),
+    "many-chunks": ({"max_history": 30}, 12, 2),
+    "checkpointing": ({"gradient_checkpointing": True}, 16, 8),
+    "4bit": ({"quantization": "4bit"}, 16, 4),
+    "4bit-checkpointing": ({"quantization": "4bit", "gradient_checkpointing": True, "lora_rank": 32}, 8, 4),
+    "rank": ({"lora_rank": 64}, 8, 4),
+    "long": ({"max_history": 60}, 4, 2),
+    "last": ({"positions": "last", "max_history": 40}, 8, 4),
+    "no-texts": ({"decode_weight": 0.0}, 16, 4),
+    "no-rec": ({"rec_weight": 0.0}, 8, None),
+    "many-negatives": ({"max_history": 50, "decode_weight": 0.0}, 20, 2),
+    "symmetric": ({"symmetric": True, "log_q": False}, 16, 4),
+    "full": ({"tuning": "full"}, 8, 4),
+}
+FAST = ("checkpointing", "4bit", "last", "many-negatives", "full")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory, tiny_backbone):
+    """Six layers, of which the simulation looks at three."""
+    folder = tmp_path_factory.mktemp("six-layers")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=512)).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(folder)
+    return str(folder)
+
+
+def settings(backbone, **changes) -> KarmaConfig:
+    return KarmaConfig(**{"backbone": backbone, "quantization": "none", "id_dim": 32, "embedding_dim": 64} | changes)
+
+
+@pytest.fixture(autouse=True)
+def few_items(monkeypatch):
+    monkeypatch.setattr("karma_fast.planning.workload.ASSUMED_ITEMS", 2000)
+
+
+def real_model(planner: Planner, device: str) -> KarmaModel:
+    """The planner's model with weights."""
+    load, rng = planner.workload, np.random.default_rng(0)
+    features = {kind: rng.standard_normal((load.items, width), dtype=np.float32)
+                for kind, width in load.widths.items()}
+    backbone, _ = load_backbone(planner.config, device)
+    return KarmaModel(load.applied(planner.config), backbone, Tokens(), load.catalogue(planner.batch_size),
+                      ItemFeatures(features)).train()
+
+
+def bytes_of_weights(model: KarmaModel) -> int:
+    """Also of the scales of 4-bit weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            tensors += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def most_on_a_cpu(call) -> int:
+    """Bytes that torch held at most during a call, by the allocations and releases that its profiler saw."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_step_takes_what_was_predicted(backbone, name):
+    changes, batch_size, chunk_size = CASES[name]
+    planner = Planner(settings(backbone, **changes), batch_size=batch_size, device_type="cpu")
+    plan = planner.plan(chunk_size)
+    model = real_model(planner, "cpu")
+    assert sum(plan.parts[part] for part in WEIGHTS) == bytes_of_weights(model)
+    batch = planner.workload.batch(model, batch_size, chunk_size)
+    measured = most_on_a_cpu(lambda: backward(model, batch))
+    assert sum(plan.parts[part] for part in STEP) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_takes_what_was_predicted_on_a_gpu(backbone, name):
+    changes, batch_size, chunk_size = CASES[name]
+    planner = Planner(settings(backbone, **changes), batch_size=8 * batch_size, device_type="cuda")
+    chunk_size = chunk_size and 8 * chunk_size
+    plan = planner.plan(chunk_size)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = real_model(planner, "cuda")
+    weights = torch.cuda.memory_allocated() - before
+    assert sum(plan.parts[part] for part in WEIGHTS) == pytest.approx(weights, rel=0.02)
+    batch = planner.workload.batch(model, planner.batch_size, chunk_size)
+    backward(model, batch.to("cuda"))  # libraries take their workspaces at the first call
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    backward(model, batch.to("cuda"))
+    measured = torch.cuda.max_memory_allocated() - before
+    assert sum(plan.parts[part] for part in STEP) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("device", "changes"), [
+    ("cuda", {}), ("cuda", {"gradient_checkpointing": True}), ("cpu", {"tuning": "full", "decode_weight": 0.0})],
+    ids=["plain", "checkpointing", "full"])
+def test_three_layers_stand_for_all(backbone, device, changes):
+    config = settings(backbone, **changes)
+    whole = Planner(config, batch_size=12, device_type=device, layers=6)
+    short = Planner(config, batch_size=12, device_type=device, layers=3)
+    assert short.extra_layers == 3 and whole.extra_layers == 0
+    a, b = whole.plan(), short.plan()
+    for part in (*WEIGHTS, "optimiser"):
+        assert a.parts[part] == b.parts[part]
+    assert sum(b.parts[part] for part in STEP) == pytest.approx(sum(a.parts[part] for part in STEP), rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "weights", "tied"), [
+    ("smollm2-135m-instruct", 134_515_008, True), ("qwen2.5-0.5b", 494_032_768, True),
+    ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, True), ("qwen2.5-3b", 3_085_938_688, True),
+    ("qwen2.5-7b", 7_615_616_512, False)])
+def test_known_names_have_the_published_numbers_of_weights(name, weights, tied):
+    config = KarmaConfig(backbone=name, quantization="none", decode_weight=0.0)
+    planner = Planner(config, batch_size=1, device_type="cuda")
+    assert planner.shape.tie_word_embeddings == tied
+    frozen = planner.weights()["frozen weights"]
+    # buffers aside, and rounding of each to 512 bytes
+    assert 2 * weights <= frozen <= 2 * weights * 1.0001 + 200 * 512
+
+
+def test_four_bit_weights_take_half_a_byte_and_their_scales():
+    planner = Planner(KarmaConfig(backbone="qwen2.5-7b", decode_weight=0.0), batch_size=1)
+    embeddings = 2 * 152_064 * 3584
+    linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18_944)
+    expected = 2 * embeddings + linear / 2 + linear / 64 + linear / 64 / 256 * 4
+    assert planner.weights()["frozen weights"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_optimiser_states():
+    assert state_bytes([1000, 5000], "adamw_torch_fused") == 2 * 4 * 6000 + 2 * 4
+    assert state_bytes([1000, 5120], "adamw_8bit") == 2 * 4 * 1000 + 2 * (5120 + 4 * 20)
+    assert state_bytes([1000], "adamw_torch_fused", 512) == 2 * 4096 + 512
+    assert state_bytes([1000], "sgd") == 0
+
+
+def test_larger_chunks_and_fewer_savings_take_more(backbone):
+    plain = Planner(settings(backbone, decode_weight=0.0), batch_size=16)
+    few, many = plain.plan(2), plain.plan(16)
+    assert 6 * few.parts["activations"] < many.parts["activations"] < 10 * few.parts["activations"]
+    saving = Planner(settings(backbone, decode_weight=0.0, gradient_checkpointing=True), batch_size=16).plan(16)
+    assert many.parts["activations"] > 3 * saving.parts["activations"]
+
+
+def test_the_proposed_chunk_fits_and_the_next_does_not(backbone):
+    config = settings(backbone, decode_weight=0.0)
+    planner = Planner(config, batch_size=8)
+    smaller, larger = planner.plan(4), planner.plan(8)
+    found = propose(config, larger.peak - 1, 8)
+    assert found.fits(larger.peak - 1) and found.chunk_size == 4 and not found.gradient_checkpointing
+    assert found.peak == smaller.peak and found.negatives == 8 * 20 - 1 and not found.changes
+
+    found = propose(config, smaller.peak - 1, 8)  # 3 windows at once without checkpointing, which are few
+    assert found.gradient_checkpointing and found.fits(smaller.peak - 1) and found.chunk_size > 3
+
+
+def test_if_nothing_fits_the_changes_are_ranked(backbone):
+    found = propose(settings(backbone, tuning="frozen"), 10**6, 2)
+    assert not found.fits(10**6) and found.chunk_size == 1 and found.gradient_checkpointing
+    peaks = [change["peak_bytes"] for change in found.changes]
+    assert len(peaks) >= 5 and peaks == sorted(peaks)
+    assert {"model.quantization", "model.max_history", "training.optim"} <= {c["setting"] for c in found.changes}
+
+
+def test_data_set_the_numbers(tiny_data, tiny_backbone):
+    config = KarmaConfig(backbone=str(tiny_backbone), max_history=6, max_text_tokens=12, id_dim=8)
+    load = Workload.of(config, 64, tiny_data)
+    assert (load.items, load.history, load.query_tokens, load.hard_negatives) == (40, 6, 0, 0)
+    assert load.widths == {"text": 64, "id": 8} and load.text_tokens == 12
+    assert Workload.of(KarmaConfig(positions="last"), 64).query_tokens == 32
+    plan = plan_memory(config, batch_size=4, data=tiny_data)
+    assert plan.parts["item features"] < 100_000
+
+
+def test_a_simulation_changes_nothing_outside(backbone):
+    before = torch.random.get_rng_state()
+    plan_memory(settings(backbone), batch_size=4)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.is_autocast_enabled("cpu") and torch.zeros(3).add(1).tolist() == [1, 1, 1]
+    assert torch.get_default_device().type == "cpu" and math.isclose(float(torch.ones(4).sum()), 4)
+
+
+def test_memory_is_recorded_by_storage():
+    with Simulation("cuda").entered() as simulation:
+        x = torch.zeros(1000, device="cuda")
+        view = x.view(10, 100)[2:]
+        del x
+        assert view.device.type == "cuda" and simulation.blocks[0].died is None
+        del view
+    assert [block.bytes for block in simulation.blocks if block.bytes] == [4096]
+    assert simulation.blocks[0].died is not None
+
+
+def test_values_of_whole_numbers_are_known_and_others_are_not():
+    with Simulation("cuda").entered():
+        places = torch.arange(6, device="cuda")
+        x = torch.randn(6, 1000, device="cuda")
+        assert x[places > 3].shape == (2, 1000) and places.tolist() == [0, 1, 2, 3, 4, 5]
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            (x > 0).nonzero()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def arguments(**changes):
+    from argparse import Namespace
+
+    return Namespace(**{"config": None, "overrides": {}, "model": None, "gpu_memory": None, "batch_size": None,
+                        "chunk_size": None, "json": True} | changes)
+
+
+def test_command(backbone, capsys):
+    known = {"overrides": {"quantization": "none", "decode_weight": "0"}, "model": backbone,
+             "batch_size": 40}  # pairs, of windows of 20
+    assert main(arguments(gpu_memory="4GB", **known)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["chunk_size"] == 2 and found["peak_bytes"] == sum(found["parts"].values())
+    assert main(arguments(gpu_memory="1MB", chunk_size=1, **known)) == 1
+    assert json.loads(capsys.readouterr().out)["chunk_size"] == 1
+    assert main(arguments(gpu_memory="1MB", json=False, **known)) == 1
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "model.max_history" in text and "assumed" in text
+
+
+def test_command_refuses_what_it_cannot_read(tmp_path):
+    with pytest.raises(ConfigError, match="12GB"):
+        gpu_memory("a lot")
+    with pytest.raises(ConfigError, match=r"model\.backbone.*qwen2\.5-1\.5b"):
+        plan_memory(KarmaConfig(backbone=str(tmp_path / "nothing")))

@@ -63,8 +63,8 @@ def measure(model, batch, device: str) -> dict[str, float]:
     batch = to_device(batch, model.emb_token.device) if isinstance(model, UsualModel) else batch.to(device)
     vocabulary = len(causal_lm(model.backbone).get_input_embeddings().weight)
     step()
-    activities = [ProfilerActivity.CUDA] if device == "cuda" else [ProfilerActivity.CPU]
-    with profile(activities=[ProfilerActivity.CPU, *activities], record_shapes=True) as found:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities, record_shapes=True) as found:
         step()
     times: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):

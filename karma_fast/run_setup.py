@@ -25,6 +25,7 @@ from .model.storage import write_atomically
 from .step import OutOfMemory
 from .trainer import KarmaTrainer, KarmaTrainingArguments, last_checkpoint
 
+MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
 
 
@@ -86,7 +87,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         before, now = RunConfig.load(folder / "config.yaml").to_dict(), config.to_dict()
         for section in ("data", "model"):
             for key, value in now[section].items():
-                if before[section][key] != value:
+                if before[section][key] != value and key not in MEMORY_ONLY:
                     raise ConfigError(f"{section}.{key}: {folder} was started with {before[section][key]!r} and "
                                       f"cannot go on with {value!r}; set it back, or start anew with --overwrite")
     if exists and not resume:  # what the earlier run wrote, and nothing else
@@ -104,43 +105,46 @@ def explain_memory(args: KarmaTrainingArguments, config: KarmaConfig, folder: Pa
     try:
         yield
     except OutOfMemory as error:
-        saved = last_checkpoint(folder)
-        resume = f"; {saved} holds the last complete step, and --resume goes on from it" if saved else ""
-        raise MemoryError(f"out of memory in {PARTS[error.part]}: {error}; {advice(error.part, args, config)}"
-                          f"{resume}") from error
+        saved, (what, may_go_on) = last_checkpoint(folder), advice(error.part, args, config)
+        resume = ""
+        if saved and may_go_on:
+            resume = f"; {saved} holds the last complete step, and --resume goes on from it"
+        elif not may_go_on:
+            resume = "; a run cannot go on with this, so start anew with --overwrite"
+        raise MemoryError(f"out of memory in {PARTS[error.part]}: {error}; {what}{resume}") from error
 
 
 PARTS = {"prompts": "the language model's pass over the prompts", "contrastive": "the contrastive loss",
          "reconstruction": "the decoder's pass over the target texts", "optimiser": "the optimiser's step",
-         "evaluation": "the evaluation during training"}
+         "evaluation": "the evaluation during training", "checkpoint": "writing a checkpoint"}
 
 
-def advice(part: str, args: KarmaTrainingArguments, config: KarmaConfig) -> str:
-    """What to set after a part did not fit.
+def advice(part: str, args: KarmaTrainingArguments, config: KarmaConfig) -> tuple[str, bool]:
+    """What to set after a part did not fit, and whether a run may go on with it.
 
     >>> args = KarmaTrainingArguments(per_device_train_batch_size=64, chunk_size=16, use_cpu=True)
     >>> advice("prompts", args, KarmaConfig(gradient_checkpointing=True))
-    'set training.chunk_size to 8 (now 16; the gradients stay the same)'
+    ('set training.chunk_size to 8 (now 16; the gradients stay the same)', True)
     """
     windows = args.train_batch_size
     chunk = min(args.chunk_size or windows, windows)
-    if part == "optimiser":
-        return (f"set training.optim to paged_adamw_8bit (now {args.optim.value}), or model.lora_rank below "
-                f"{config.lora_rank}")
-    if part == "evaluation":
-        return f"set model.max_history below {config.max_history}"
-    if part == "contrastive":
-        return (f"set training.per_device_train_batch_size to {windows // 2} (now {windows}), or training.batch_size "
-                "to half; each query then sees half the negatives")
+    if part == "optimiser" and "paged" not in args.optim.value:
+        return f"set training.optim to paged_adamw_8bit (now {args.optim.value})", False
+    if part == "contrastive" and windows > 1:
+        name, size = ("batch_size", args.batch_size) if args.batch_size else ("per_device_train_batch_size", windows)
+        return f"set training.{name} to {size // 2} (now {size}; each query then sees half the negatives)", True
     steps = []
-    if chunk > 1:
-        steps.append(f"set training.chunk_size to {chunk // 2} (now {chunk}; the gradients stay the same)")
-    if not config.gradient_checkpointing:
-        steps.append("set model.gradient_checkpointing to true")
-    if not steps:
-        steps.append(f"set model.max_history below {config.max_history} or model.max_text_tokens below "
-                     f"{config.max_text_tokens}")
-    return ", or ".join(steps)
+    if part in ("prompts", "reconstruction"):
+        if chunk > 1:
+            steps.append(f"set training.chunk_size to {chunk // 2} (now {chunk}; the gradients stay the same)")
+        if not config.gradient_checkpointing:
+            steps.append("set model.gradient_checkpointing to true")
+    if steps:
+        return ", or ".join(steps), True
+    if part == "optimiser":
+        return f"set model.lora_rank below {config.lora_rank}", False
+    return (f"set model.max_history below {config.max_history} or model.max_text_tokens below "
+            f"{config.max_text_tokens}"), False
 
 
 class Lines(TrainerCallback):

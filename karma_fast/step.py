@@ -24,7 +24,8 @@ from .model.karma import KarmaModel
 
 
 class OutOfMemory(MemoryError):
-    """part: what did not fit: "prompts", "contrastive", "reconstruction"; in a trainer "optimiser", "evaluation" too.
+    """part: what did not fit: "prompts", "contrastive", "reconstruction"; in a trainer "optimiser", "evaluation"
+    and "checkpoint" too.
     """
 
     def __init__(self, part: str, message: str) -> None:
@@ -69,7 +70,9 @@ def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_no
     for chunk in batch.prompts[:-1]:
         with within("prompts"), torch.no_grad():
             states.append(random_state(model.device) if replay else None)
-            read.append(model.read(chunk if replay or chunk.bare is None else chunk.bare, gen=False)[0])
+            # a head with adapters draws too
+            read.append(model.read(chunk if replay or chunk.bare is None else chunk.bare,
+                                   gen=replay and model.head_is_trained)[0])
     with within("prompts"):
         kept = model.read(batch.prompts[-1])
 
@@ -152,6 +155,8 @@ class Gradients:
             for name, (losses, factors) in terms.items():
                 self.add(name, losses, factors)
             return
+        if not terms:  # no text was looked at, and nothing else is wanted
+            return
         # a tensor that several terms reach goes through the graph once
         together: dict[int, tuple[Tensor, Tensor]] = {}
         for losses, factors in terms.values():
@@ -165,10 +170,16 @@ class Gradients:
 
 
 def draws_dropout(backbone: nn.Module) -> bool:
-    """Whether a pass in training mode draws random numbers."""
-    text = causal_lm(backbone).config.get_text_config()
-    return backbone.training and ((getattr(text, "attention_dropout", 0) or 0) > 0 or any(
-        isinstance(m, nn.Dropout) and m.p > 0 for m in backbone.modules()))
+    """Whether a pass in training mode may draw random numbers.
+
+    Some families draw by functions, which only their configuration tells.
+    """
+    if not backbone.training:
+        return False
+    settings = causal_lm(backbone).config.get_text_config().to_dict()
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in backbone.modules()) or any(
+        isinstance(value, (int, float)) and value > 0 for name, value in settings.items()
+        if "drop" in name or "jitter" in name)
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -201,8 +212,13 @@ def within(part: str) -> Iterator[None]:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        raise OutOfMemory(part, str(error).splitlines()[0]) from None
+        raise OutOfMemory(part, first_line(error)) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED"))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from .evaluation.evaluate import evaluate_model
 from .losses import LossParts
 from .model.karma import KarmaModel
 from .processes import average_gradients
-from .step import OutOfMemory, backward, is_out_of_memory, random_state, set_random_state
+from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
@@ -150,6 +151,10 @@ class KarmaTrainer(Trainer):
         starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
         if not len(starts):
             raise ValueError("no user has two events in the training part, so there is nothing to train on")
+        if args.n_gpu > 1:
+            warnings.warn(f"{args.n_gpu} GPUs are visible and one is used; torchrun --nproc-per-node {args.n_gpu} "
+                          "starts a process for each", stacklevel=2)
+            args._n_gpu = 1
         if args.batch_size is not None:
             args.per_device_train_batch_size = windows_of(args.batch_size, starts, ends, config.positions,
                                                           args.world_size)
@@ -194,9 +199,11 @@ class KarmaTrainer(Trainer):
             self._sums[name] = self._sums[name] + value
         self._sums["batches"] += 1
         self._sums["tokens"] += batch.num_tokens
-        self._norms["u"] = {name: norm for name, norm in found.norms_u.items() if name != "gen"}
+        self._norms["u"] = found.norms_u
         if found.norms_llm:
             self._norms["llm"] = found.norms_llm
+        if not found.parts.present():  # nothing in this batch for the terms that are wanted
+            return torch.zeros((), device=self.args.device)
         return self.model.loss(found.parts) * scale
 
     def create_optimizer(self, model=None):
@@ -251,11 +258,11 @@ class KarmaTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """HR, NDCG, MRR over the full catalogue for the validation users; seen items masked."""
         positions = self.eval_positions if eval_dataset is None else np.asarray(eval_dataset)
-        self.doing = "evaluation"
+        start, self.doing = time.perf_counter(), "evaluation"
         found = evaluate_model(self.model, self.data, positions)
         self.doing = "prompts"
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
-        self._since = time.perf_counter()  # the time of an evaluation is not the time of training steps
+        self._since += time.perf_counter() - start  # the time of an evaluation is not the time of training steps
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -269,7 +276,9 @@ class KarmaTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
+        self.doing = "checkpoint"
         super()._save_checkpoint(model, trial)
+        self.doing = "prompts"
         if self.args.should_save and folder.exists():
             (folder / COMPLETE).touch()
 
@@ -291,14 +300,14 @@ class KarmaTrainer(Trainer):
                 if not resume_from_checkpoint or not (stale / COMPLETE).exists():
                     shutil.rmtree(stale)
             keep_log(folder / "log.jsonl", step)
-        self._since = time.perf_counter()
+        self._since, self.doing = time.perf_counter(), "prompts"
         try:
             with self._stop_on_interrupt():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            found = error if isinstance(error, OutOfMemory) else OutOfMemory(self.doing, str(error).splitlines()[0])
+            found = error if isinstance(error, OutOfMemory) else OutOfMemory(self.doing, first_line(error))
             traceback.clear_frames(error.__traceback__)
         self._save_after_out_of_memory(found)
         raise found
@@ -355,8 +364,11 @@ class _Hooks(TrainerCallback):
     def __init__(self, trainer: KarmaTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def remember(self, args, state, control, **kwargs):
+        """The random state that a checkpoint of this step has to hold."""
         self.trainer.random_state = random_state(self.trainer.model.device)
+
+    on_train_begin = on_step_begin = remember
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.doing = "optimiser"
@@ -366,6 +378,7 @@ class _Hooks(TrainerCallback):
         self.trainer.doing = "prompts"
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.remember(args, state, control)
         if self.trainer.interrupted:
             control.should_save = control.should_training_stop = True
         return control

@@ -240,26 +240,34 @@ def test_ctrl_c_saves_and_exits_with_130(shop):
     ("prompts", 8, "chunk_size to 4 .now 8; the gradients stay the same., or set model.gradient_checkpointing"),
     ("prompts", None, "chunk_size to 16 .now 32"),
     ("prompts", 1, "set model.gradient_checkpointing to true"),
+    ("prompts", "checkpointing", "set model.max_history below 20"),
     ("contrastive", 8, "per_device_train_batch_size to 16 .now 32.*half the negatives"),
+    ("contrastive", "pairs", "training.batch_size to 300 .now 600"),
     ("reconstruction", 8, "the decoder's pass .*chunk_size to 4"),
-    ("optimiser", 8, "training.optim to paged_adamw_8bit"), ("evaluation", None, "model.max_history below 20")])
+    ("optimiser", 8, "set training.optim to paged_adamw_8bit"), ("evaluation", None, "model.max_history below 20")])
 def test_out_of_memory_says_what_to_lower(tmp_path, part, chunk_size, said):
     from karma_fast.config import KarmaConfig
     from karma_fast.run_setup import explain_memory
     from karma_fast.step import OutOfMemory
     from karma_fast.trainer import KarmaTrainingArguments
 
-    args = KarmaTrainingArguments(per_device_train_batch_size=32, chunk_size=chunk_size, use_cpu=True)
+    special = chunk_size if isinstance(chunk_size, str) else None
+    args = KarmaTrainingArguments(per_device_train_batch_size=32, chunk_size=1 if special else chunk_size,
+                                  batch_size=600 if special == "pairs" else None, use_cpu=True)
+    config = KarmaConfig(gradient_checkpointing=special == "checkpointing")
     with pytest.raises(MemoryError, match=f"2 GiB; .*{said}" if "pass" not in said else said) as caught, \
-            explain_memory(args, KarmaConfig(), tmp_path):
+            explain_memory(args, config, tmp_path):
         raise OutOfMemory(part, "tried to allocate 2 GiB")
     assert "--resume" not in str(caught.value)
+    anew = "max_history" in said or "optim " in said
+    assert ("start anew" in str(caught.value)) == anew
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "complete").touch()
-    with pytest.raises(MemoryError, match="checkpoint-3 holds the last complete step, and --resume goes on from it"), \
-            explain_memory(args, KarmaConfig(), tmp_path):
+    with pytest.raises(MemoryError) as caught, explain_memory(args, config, tmp_path):
         raise OutOfMemory(part, "tried to allocate 2 GiB")
-    with pytest.raises(RuntimeError, match="shape"), explain_memory(args, KarmaConfig(), tmp_path):
+    goes_on = "checkpoint-3 holds the last complete step, and --resume goes on from it"
+    assert (goes_on in str(caught.value)) == (not anew)
+    with pytest.raises(RuntimeError, match="shape"), explain_memory(args, config, tmp_path):
         raise RuntimeError("shape mismatch")  # other errors stay as they are
 
 

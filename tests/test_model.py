@@ -284,6 +284,8 @@ def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
         build(tiny_config, tiny_data, tmp_path, backbone=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="lora_targets"):
         build(tiny_config, tiny_data, tmp_path, lora_targets="no_such_layer")
+    with pytest.raises(ConfigError, match="token embeddings"):
+        build(tiny_config, tiny_data, tmp_path, lora_targets="q_proj,embed_tokens")
 
 
 def test_text_vectors_are_cached_by_model_and_text(tiny_config, tiny_data, tmp_path, monkeypatch):

@@ -25,7 +25,10 @@ FAMILIES = {
     "granite": SMALL | HEADS, "olmo2": SMALL | HEADS, "phi3": SMALL | HEADS | {"pad_token_id": 0},
     "gpt_neox": SMALL | {"num_attention_heads": 4},
     "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}}
-OTHERS = {  # softcapped scores; states that run on through a sequence
+OTHERS = {  # softcapped scores; states that run on through a sequence; a window that only the mask knows
+    "qwen2_moe": SMALL | HEADS | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0,
+                                  "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2,
+                                  "num_experts_per_tok": 1},
     "gemma2": SMALL | HEADS | {"head_dim": 8}, "mamba": SMALL | {"state_size": 4},
     "recurrent_gemma": SMALL | HEADS | {"lru_width": 32, "attention_window_size": 8}}
 

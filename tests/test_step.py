@@ -116,6 +116,54 @@ def test_dropout_is_replayed_bit_for_bit(tiny_config, tiny_data, tmp_path, in_fl
     assert any(not torch.allclose(other[n], g) for n, g in expected.items())
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_dropout_of_any_family_is_replayed(tiny_config, tiny_backbone, tiny_data, tmp_path, in_float32, family):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    values = {"opt": {"dropout": 0.3, "word_embed_proj_dim": 32, "ffn_dim": 48}, "gpt2": {"resid_pdrop": 0.3}}[family]
+    tokenizer, folder = AutoTokenizer.from_pretrained(tiny_backbone), tmp_path / family
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, **values)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = build(tiny_config.model, tiny_data, tmp_path, backbone=str(folder))
+    batch = batch_of(model, tiny_data, 4)
+    torch.manual_seed(5)
+    model(batch).loss.backward()
+    expected = taken(model)
+    torch.manual_seed(5)
+    backward(model, batch)
+    assert_same(taken(model), expected, tolerance=1e-5)
+    assert not draws_dropout(model.eval().backbone)
+
+
+def test_dropout_of_an_adapted_head_is_replayed(tiny_config, tiny_data, tmp_path, in_float32):
+    model = build(tiny_config.model, tiny_data, tmp_path, lora_targets="q_proj,lm_head", lora_dropout=0.3)
+    assert model.head_is_trained
+    batch = batch_of(model, tiny_data, 4)
+    torch.manual_seed(5)
+    model(batch).loss.backward()
+    expected = taken(model)
+    torch.manual_seed(5)
+    backward(model, batch)
+    assert_same(taken(model), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-9])
+def test_a_batch_without_any_text(tiny_config, tiny_data, tmp_path, share):
+    """Every text empty, or none looked at: nothing to learn from for the text terms, and no fault."""
+    data = dataclasses.replace(tiny_data, items=dataclasses.replace(
+        tiny_data.items, texts=[""] * 40 if share == 1 else tiny_data.items.texts))
+    model = build(tiny_config.model, data, tmp_path, decode_share=share, vis_weight=0)
+    found = backward(model, batch_of(model, data, 4))
+    assert float(found.parts.act) > 0 and float(found.parts.gen) == 0
+    alone = build(tiny_config.model, data, tmp_path, decode_share=share, vis_weight=0, act_weight=0, gen_weight=0)
+    batch = batch_of(alone, data, 4)
+    assert not any(float(v) for v in backward(alone, batch).parts.present().values()) and not taken(alone)
+    alone(batch).loss.backward()
+    assert not taken(alone)
+
+
 def test_no_text_is_read_twice_and_one_chunk_is_read_once(tiny_config, tiny_data, tmp_path, monkeypatch):
     model = build(tiny_config.model, tiny_data, tmp_path)
     tokens = []
@@ -178,6 +226,13 @@ def test_running_out_of_memory_names_the_part(tiny_config, tiny_data, tmp_path, 
     monkeypatch.undo()
     monkeypatch.setattr(model, method, lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        backward(model, batch_of(model, tiny_data, 4))
+
+    def fails_without_a_word(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(model, method, fails_without_a_word)
+    with pytest.raises(OutOfMemory, match="MemoryError"):
         backward(model, batch_of(model, tiny_data, 4))
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,63 @@ def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):
     assert trainer.interrupted and trainer.state.global_step == 2
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_out_of_memory_between_steps_goes_on_as_if_nothing_had_happened(tiny_config, tiny_data, tmp_path, monkeypatch):
+    options = {"max_steps": 4, "save_steps": 50, "eval_strategy": "steps", "eval_steps": 2,
+               "model_changes": {"lora_dropout": 0.3}}
+    whole = trainer_of(tiny_config, tiny_data, tmp_path / "whole", tmp_path, **options)
+    whole.train()
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("karma_fast.trainer.evaluate_model", fails)
+    with pytest.raises(OutOfMemory) as caught:
+        trainer.train()
+    assert caught.value.part == "evaluation" and last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    monkeypatch.undo()
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    theirs = dict(whole.model.named_parameters())
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, theirs[name]), name
+
+
+def test_speed_leaves_evaluations_out(tiny_config, tiny_data, tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(1.0)
+        return {"HR@10": 0.5, "NDCG@10": 0.5, "MRR": 0.5}
+
+    monkeypatch.setattr("karma_fast.trainer.evaluate_model", slow)
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=3, logging_steps=3,
+                         eval_strategy="steps", eval_steps=2)
+    tokens, seconds, step = [], [], trainer.training_step
+
+    def timed(model, batch, n=None):
+        start = time.perf_counter()
+        loss = step(model, batch, n)
+        seconds.append(time.perf_counter() - start)
+        tokens.append(batch.num_tokens)
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", timed)
+    start = time.perf_counter()
+    trainer.train()
+    total = time.perf_counter() - start - 1.0
+    said = next(line["tokens_per_second"] for line in read_log(tmp_path / "run") if line["step"] == 3)
+    assert sum(tokens) / total <= said <= sum(tokens) / sum(seconds)
+
+
+def test_several_visible_gpus_are_not_one_batch(tiny_config, tiny_data, tmp_path, monkeypatch):
+    args = KarmaTrainingArguments(use_cpu=True, **tiny_config.training | {"output_dir": str(tmp_path / "run")})
+    monkeypatch.setattr(args, "_n_gpu", 2)
+    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu")
+    with pytest.warns(UserWarning, match="torchrun --nproc-per-node 2"):
+        trainer = KarmaTrainer(model, args, tiny_data)
+    assert trainer.args.train_batch_size == 4
 
 
 @pytest.mark.parametrize("part", ["contrastive_loss", "clamp_"])

@@ -89,8 +89,9 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     device = torch.device(device) if device is not None else default_device()
     name = resolve_backbone(config.backbone)
     dtype = torch.float32 if config.tuning == "full" else compute_dtype(device)
-    # what is not "auto" goes to transformers as it is
-    options: dict = {"dtype": dtype, "attn_implementation": "sdpa" if config.attention == "auto" else config.attention}
+    options: dict = {"dtype": dtype}
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
     if config.quantization != "none":
         options["quantization_config"] = quantization_config(config, dtype, nested=device.type == "cuda")
         options["device_map"] = {"": device}
@@ -150,9 +151,13 @@ def add_lora(model: PreTrainedModel, config: KarmaConfig) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft against newer transformers
         try:
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
         except ValueError as error:
             raise ConfigError(f"model.lora_targets: {targets!r} does not fit this backbone: {error}") from error
+    if hasattr(model.get_input_embeddings(), "base_layer"):
+        raise ConfigError(f"model.lora_targets: {targets!r} takes the token embeddings too, whose adapters prompts of "
+                          "soft tokens pass by; name linear layers only")
+    return adapted
 
 
 def adapters_off(backbone: nn.Module) -> contextlib.AbstractContextManager:

@@ -235,7 +235,8 @@ class KarmaModel(nn.Module):
                                      for chunk in batch.decode]).sum() / self.num_decoded(batch)
         if self.wants_images(batch):
             parts.vis = self.image_loss(u, batch)
-        return KarmaOutput(self.loss(parts), parts, u)
+        # a batch may have nothing for the terms that are wanted
+        return KarmaOutput(self.loss(parts) if parts.present() else u.sum() * 0, parts, u)
 
     def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         """The language model's pass over some prompts: (P, d_e) u of their pairs, and () L_gen's sum over texts.
@@ -270,10 +271,13 @@ class KarmaModel(nn.Module):
     def vocabulary(self) -> int:
         return causal_lm(self.backbone).get_output_embeddings().weight.shape[0]
 
+    @property
+    def head_is_trained(self) -> bool:
+        return any(p.requires_grad for p in causal_lm(self.backbone).get_output_embeddings().parameters())
+
     def _text_loss(self, states: Tensor, texts: TextTargets) -> Tensor:
-        head = causal_lm(self.backbone).get_output_embeddings()
         return text_loss(self._logits, states, texts.labels, texts.weights, self.vocabulary,
-                         frozen=not any(p.requires_grad for p in head.parameters()))
+                         frozen=not self.head_is_trained)
 
     def _logits(self, states: Tensor) -> Tensor:
         with self._autocast():

@@ -3,11 +3,13 @@
 A document holds a pair of comments, ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``; what is between them is
 replaced by the table. NAME is that of a results file without .json, for all its cases with the best alternative to
 each, or FILE:CASE, for everything that was measured on one case. Of ranking there is FILE:short, with fewer columns.
+Files of training steps need the packages that steps need.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 from . import RESULTS, ROOT
 
 SHORT = "short"
+KINDS = ("ranking", "soft_prompt", "step")  # besides info_nce; each has a folder with its own tables
 OURS, MINE = "karma auto", "karma "
 BLOCK = re.compile(r"(<!-- benchmark:(?P<name>\S+) -->).*?(<!-- /benchmark -->)", re.DOTALL)
 
@@ -158,7 +161,7 @@ def failures(results: dict) -> list[str]:
 
 
 def kind_of(results: dict) -> str:
-    """Which benchmark a file is of: info_nce or ranking."""
+    """Which benchmark a file is of: info_nce or one of KINDS."""
     return results.get("benchmark", "info_nce")
 
 
@@ -167,14 +170,16 @@ def table_for(name: str, files: dict[str, dict]) -> str:
     file, _, case = name.partition(":")
     if file not in files:
         raise ValueError(f"benchmark:{name}: there is no results file {file}.json; there are {sorted(files)}")
-    from .ranking import tables as ranking  # made of the functions above
-
-    of_device, of_case = (device_table, case_table) if kind_of(files[file]) == "info_nce" else \
-        (ranking.device_table, ranking.case_table)
+    kind, of_device, of_case = kind_of(files[file]), device_table, case_table
+    if kind in KINDS:
+        own = importlib.import_module(f"{__package__}.{kind}.tables")  # made of the functions above
+        of_device, of_case = own.device_table, own.case_table
+    elif kind != "info_nce":
+        raise ValueError(f"benchmark:{name}: {file}.json is of {kind!r}; there are info_nce, {', '.join(KINDS)}")
     if not case:
         return of_device(files[file])
-    if case == SHORT and of_case is ranking.case_table:
-        return ranking.summary_table(files[file])
+    if case == SHORT and kind == "ranking":
+        return own.summary_table(files[file])
     cases = list(dict.fromkeys(r["case"] for r in files[file]["records"]))
     if case not in cases:
         raise ValueError(f"benchmark:{name}: {file}.json has no such case; it has {cases}")

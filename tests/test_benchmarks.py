@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, check_ranks, measure, plot, run, session, tables
+from benchmarks import check, check_info_nce, check_ranks, check_soft_prompt, measure, plot, run, session, tables
 from benchmarks.cases import Case, cpu_cases, gpu_cases, make_inputs, tiny_cases
 from benchmarks.exact import errors, exact, too_far
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation, absent, dense, dense_loss
 from benchmarks.machine import file_name
 from benchmarks.ranking import cases as ranking
 from benchmarks.ranking.implementations import IMPLEMENTATIONS as rankers
+from benchmarks.soft_prompt import cases as prompts
+from benchmarks.soft_prompt.implementations import IMPLEMENTATIONS as prompters
+from benchmarks.step import cases as step
 from karma_kernels import info_nce
 from karma_kernels.ranks import count_ranks
 
@@ -293,10 +296,10 @@ def test_plot_shows_square_cases_of_one_width():
 
 
 def draw(dtype=torch.float32, flags=("labels", "ids", "log_q", "symmetric")):
-    return check.draw((33, 47, 64), dtype, frozenset(flags), 0, "cpu")
+    return check_info_nce.draw((33, 47, 64), dtype, frozenset(flags), 0, "cpu")
 
 
-@pytest.mark.parametrize("dtype", check.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", check_info_nce.DTYPES, ids=str)
 def test_check_passes_what_is_right(dtype):
     worst, failure = check.check(draw(dtype), info_nce)
     assert failure == "" and worst < 1
@@ -326,9 +329,9 @@ def test_check_finds_what_is_wrong(loss, expected):
 
 
 def test_check_covers_every_combination():
-    kinds = [(dtype, flags) for _, dtype, flags in check.combinations(1)]
-    assert len(kinds) == len(set(kinds)) == 32 * len(check.DTYPES)
-    assert {shape for shape, _, _ in check.combinations(1)} == set(check.SHAPES)
+    kinds = [(dtype, flags) for _, dtype, flags in check_info_nce.combinations(1)]
+    assert len(kinds) == len(set(kinds)) == 32 * len(check_info_nce.DTYPES)
+    assert {shape for shape, _, _ in check_info_nce.combinations(1)} == set(check_info_nce.SHAPES)
 
 
 def counting(kind="plain", shape=(33, 300, 64), dtypes=check_ranks.DTYPES[0]):
@@ -400,15 +403,17 @@ def test_check_of_ranks_covers_every_combination():
 
 def test_check_says_what_passed(monkeypatch, capsys):
     monkeypatch.setattr(check_ranks, "SHAPES", ((5, 40, 33), (1, 1, 1)))
-    monkeypatch.setattr(check, "SHAPES", ((5, 3, 8),))
-    monkeypatch.setattr(check, "FLAGS", ("labels", "ids"))
+    monkeypatch.setattr(check_soft_prompt, "SHAPES", ((5, 7, 9, 21, 2, 2, 9),))
+    monkeypatch.setattr(check_info_nce, "SHAPES", ((5, 3, 8),))
+    monkeypatch.setattr(check_info_nce, "FLAGS", ("labels", "ids"))
     arguments = ["--device", "cpu", "--rounds", "1", "--seed", "0"]
     assert check.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "cpu, seed 0: inputs of ranks 28 of 28, info_nce 12 of 12; 0 failures" in lines
+    assert "cpu, seed 0: inputs of ranks 28 of 28, soft prompts 30 of 30, info_nce 12 of 12; 0 failures" in lines
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines}
     assert rows["ranks", "float32"] == ["7", "0", "PASS"] and rows["ranks", "bfloat16"] == ["14", "0", "PASS"]
     assert rows["auto", "float16"][-1] == "PASS"
+    assert rows["prompt-chunked", "bfloat16"][0] == "12" and rows["prompt-auto", "float32"][-1] == "PASS"
     monkeypatch.setattr("karma_kernels.ranks.count_ranks", forgetful)
     assert check.main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -416,7 +421,7 @@ def test_check_says_what_passed(monkeypatch, capsys):
     assert any(line.split() == ["ranks", "float32", "7", "inf", "FAIL"] for line in lines)
     monkeypatch.undo()
     assert check.main([*arguments, "--seconds", "0"]) == 0
-    assert "inputs of ranks 1 of 28, info_nce 1 of 96; 0 failures" in capsys.readouterr().out
+    assert "inputs of ranks 1 of 28, soft prompts 1 of 30, info_nce 1 of 96; 0 failures" in capsys.readouterr().out
 
 
 def test_file_name():
@@ -442,11 +447,13 @@ def test_pytest_runs_benchmarks_only_when_asked(monkeypatch):
         names = {item.name for item in collected.items}
         assert {f"test_info_nce[{c.name}-{i.name}]" for c in cases for i in IMPLEMENTATIONS} <= names
         assert {f"test_ranking[{c.name}-{i.name}]" for c in ranking.cpu_cases() for i in rankers} <= names
+        made = prompts.cases_for("cuda" if torch.cuda.is_available() else "cpu")
+        assert {f"test_soft_prompt[{c.name}-{i.name}]" for c in made for i in prompters} <= names
     assert not any(item.get_closest_marker("skip") for item in asked.items)
     assert all(item.get_closest_marker("skip") for item in not_asked.items)
 
 
-@pytest.mark.parametrize("failing,status", [("none", 0), ("check", 3), ("ranking", 3)])
+@pytest.mark.parametrize("failing,status", [("none", 0), ("check", 3), ("ranking", 3), ("step", 3)])
 def test_gpu_script(failing, status, tmp_path):
     """One after the other with their shares of the time, whatever fails; Python stands in for itself."""
     log, python = tmp_path / "log", tmp_path / "python"
@@ -457,10 +464,29 @@ def test_gpu_script(failing, status, tmp_path):
     assert done.returncode == status and done.stderr == "" and ("FAILED" in done.stdout) == (failing == "check")
     started = [line for line in log.read_text().splitlines() if line.startswith("-m")]
     found = [line.rsplit(" ", 1) for line in started]
+    steps = "--cases qwen2.5-1.5b-205-all-1-8gib qwen2.5-1.5b-4096-last-0.05-8gib"
+    assert set(steps.split()[1:]) <= {case.name for case in step.gpu_cases()}
+    to = f"--out {tmp_path}/a b"
     assert [words for words, _ in found] == [
-        "-m benchmarks.check --seconds", f"-m benchmarks.run --out {tmp_path}/a b/gpu.json --budget",
-        f"-m benchmarks.ranking --out {tmp_path}/a b/ranking-gpu.json --budget"]
-    for (_, given), share in zip(found, (200, 700, 1000), strict=True):
+        "-m benchmarks.check --seconds", f"-m benchmarks.run {to}/gpu.json --budget",
+        f"-m benchmarks.soft_prompt {to}/soft-prompt-gpu.json --budget",
+        f"-m benchmarks.ranking {to}/ranking-gpu.json --budget",
+        f"-m benchmarks.step {to}/step-gpu.json {steps} --budget"]
+    for (_, given), share in zip(found, (200, 420, 540, 700, 1000), strict=True):
         assert share - 60 < int(given) <= share
     subprocess.run(command[:2] + ["", "0"], env=os.environ | {"PYTHON": str(python)}, check=status == 0)
-    assert log.read_text().splitlines()[-1] == "-m benchmarks.ranking --budget 0"
+    assert log.read_text().splitlines()[-1] == f"-m benchmarks.step {steps} --budget 0"
+
+
+@pytest.mark.parametrize("missing", ["is_available", "transformers"])
+def test_gpu_script_does_what_it_can(missing, tmp_path):
+    """Without a GPU the steps of a CPU, without transformers none."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$2" in *{missing}*) exit 1;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "", "0"]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 0
+    last = {"is_available": "-m benchmarks.step --budget 0", "transformers": "-m benchmarks.ranking --budget 0"}
+    assert [line for line in log.read_text().splitlines() if line.startswith("-m")][-1] == last[missing]
+    assert ("No training steps" in done.stdout) == (missing == "transformers")

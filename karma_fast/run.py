@@ -30,7 +30,15 @@ from .evaluation.verdict import verdict
 from .model.karma import KarmaModel
 from .model.storage import versions, write_atomically
 from .retrieval import ItemIndex
-from .run_setup import Lines, banner, device_name, explain_memory, prepare_folder, training_arguments
+from .run_setup import (
+    Lines,
+    banner,
+    device_name,
+    explain_memory,
+    fit_to_gpu,
+    prepare_folder,
+    training_arguments,
+)
 from .trainer import KarmaTrainer, last_checkpoint, peak_memory_bytes
 
 EXAMPLES, PRINTED = 8, 3  # test requests in examples.json, and of these on the terminal
@@ -68,6 +76,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         if not len(positions):
             raise DataError("the data has no test target, so nothing could be measured; see `karma-fast check-data`")
         shown = draw(positions, EXAMPLES, args.seed)
+    config.model = fit_to_gpu(args, config.model, data, say)
     say(f"loading {config.model.backbone} and encoding {len(data.items):,} items")
     with stage("model", stages):
         model = KarmaModel.build(config.model, data.items, data.sequences, data.split, seed=args.seed,

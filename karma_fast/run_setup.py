@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from . import __version__
 from .commands.common import cpu_name
 from .config import ConfigError, KarmaConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
+from .data.windows import training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
 from .step import OutOfMemory
-from .trainer import KarmaTrainer, KarmaTrainingArguments, last_checkpoint
+from .trainer import KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
@@ -63,13 +64,43 @@ def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArgument
     defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
                 "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available()}
     if torch.cuda.is_available():
-        defaults |= {"dataloader_num_workers": 1}  # the next batch is made while the card works
+        # the next batch is made while the card works
+        defaults |= {"dataloader_num_workers": 1, "chunk_size": "auto"}
         if importlib.util.find_spec("bitsandbytes"):
             defaults |= {"optim": "paged_adamw_8bit"}
     try:
         return KarmaTrainingArguments(**(defaults | config.training))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+
+
+def fit_to_gpu(args: KarmaTrainingArguments, config: KarmaConfig, data: Dataset, say: Callable[[str], None],
+               budget: int | None = None) -> KarmaConfig:
+    """Resolves ``chunk_size: auto``: the largest chunk predicted to fit, and checkpointing if it must be.
+
+    budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once.
+    """
+    from .planning import propose
+    from .planning.plan import CUDA_CONTEXT
+
+    if args.chunk_size != "auto":
+        return config
+    args.chunk_size = None
+    if args.device.type != "cuda" and budget is None:
+        return config
+    if budget is None:
+        free, total = torch.cuda.mem_get_info(args.device)
+        budget = min(total, free + CUDA_CONTEXT)  # asking has made the context, which a plan counts too
+    starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
+    windows = windows_of_a_step(args, config, starts, ends)
+    plan = propose(config, budget, windows, data=data, optimiser=args.optim.value)
+    args.chunk_size = plan.chunk_size
+    if not plan.fits(budget):
+        better = [f"{change['setting']} {change['value']} ({change['peak_bytes'] / 1e9:.1f} GB)"
+                  for change in plan.changes]
+        say(f"this will hardly fit: {plan.peak / 1e9:.1f} GB predicted, {budget / 1e9:.1f} GB free; each of these "
+            f"alone would need less: {', '.join(better)}")
+    return dataclasses.replace(config, gradient_checkpointing=plan.gradient_checkpointing)
 
 
 def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .config import KarmaConfig
 from .data.batches import log_sampling_probability
 from .data.schema import Dataset
 from .data.windows import training_windows
@@ -43,7 +45,7 @@ class KarmaTrainingArguments(TrainingArguments):
     batch_size: query-target pairs that compete in a step, over all processes; the number of windows a process takes
     (per_device_train_batch_size) follows from it. None: per_device_train_batch_size windows.
     chunk_size: windows that a process's language model holds in memory at once; None: all of its batch. It changes
-    memory and time, not the loss or its gradient.
+    memory and time, not the loss or its gradient. "auto", for `karma-fast train`: what fits the GPU.
     eval_users: validation users ranked at each evaluation during training, drawn once by seed; 0: all.
     share_steps: steps between two measurements of each term's share of the language model's gradient, which costs one
     backward a term; 0: never. The shares at u are cheap and logged with every line.
@@ -67,7 +69,7 @@ class KarmaTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=True)
     remove_unused_columns: bool = field(default=False)
     batch_size: int | None = field(default=None)
-    chunk_size: int | None = field(default=None)
+    chunk_size: int | Literal["auto"] | None = field(default=None)
     ddp_find_unused_parameters: bool | None = field(default=False)  # gradients are averaged by `average_gradients`
     logging_nan_inf_filter: bool = field(default=False)  # it makes the host wait each step; `log` names a NaN's term
     report_to: str | list[str] | None = field(default="none")
@@ -78,7 +80,7 @@ class KarmaTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in ("batch_size", "chunk_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}: got {value}; at least 1, or none, is needed")
         if self.fp16:
             raise ValueError("fp16: got true; the model computes in bfloat16 or float32 by itself, as float16 would "
@@ -112,14 +114,17 @@ def shares(norms: dict[str, Tensor]) -> dict[str, float]:
     return {name: value / total for name, value in values.items()} if total > 0 else {}
 
 
-def windows_of(pairs: int, starts: np.ndarray, ends: np.ndarray, positions: str, processes: int) -> int:
-    """Windows a process takes so that a step has about so many query-target pairs over all processes.
+def windows_of_a_step(args: KarmaTrainingArguments, config: KarmaConfig, starts: np.ndarray, ends: np.ndarray) -> int:
+    """Windows that a process takes in a step: with ``batch_size``, so that there are about so many pairs in all.
 
-    >>> windows_of(95, np.array([0, 19]), np.array([20, 39]), "all", 1)
+    >>> args = KarmaTrainingArguments(batch_size=95, use_cpu=True)
+    >>> windows_of_a_step(args, KarmaConfig(positions="all"), np.arange(9) * 19, np.arange(9) * 19 + 20)
     5
     """
-    of_window = float((ends - starts - 1).mean()) if positions == "all" else 1.0
-    return max(1, min(len(ends), round(pairs / of_window / processes)))
+    if args.batch_size is None:
+        return args.per_device_train_batch_size
+    pairs = float((ends - starts - 1).mean()) if config.positions == "all" else 1.0
+    return max(1, min(len(ends), round(args.batch_size / pairs / args.world_size)))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -155,9 +160,10 @@ class KarmaTrainer(Trainer):
             warnings.warn(f"{args.n_gpu} GPUs are visible and one is used; torchrun --nproc-per-node {args.n_gpu} "
                           "starts a process for each", stacklevel=2)
             args._n_gpu = 1
-        if args.batch_size is not None:
-            args.per_device_train_batch_size = windows_of(args.batch_size, starts, ends, config.positions,
-                                                          args.world_size)
+        if args.chunk_size == "auto":
+            raise ValueError("chunk_size: got 'auto', which `karma-fast train` resolves; here take a number, such as "
+                             "karma_fast.planning.propose(...).chunk_size")
+        args.per_device_train_batch_size = windows_of_a_step(args, config, starts, ends)
         log_q = log_sampling_probability(data.sequences, data.split, len(data.items))
         collator = model.collator(data.sequences, log_q, seed=args.seed, chunk_size=args.chunk_size)
         super().__init__(model, args, data_collator=collator,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,24 @@ def test_help_loads_nothing_heavy():
             "print([m for m in ('torch', 'transformers', 'numpy', 'polars', 'yaml') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_auto_chunks_are_what_fits_the_gpu(tiny_config, tiny_data, tmp_path):
+    from karma_fast.run_setup import fit_to_gpu, training_arguments
+    from karma_fast.trainer import KarmaTrainer
+
+    tiny_config.training |= {"chunk_size": "auto", "batch_size": 100, "use_cpu": True}
+    args, said = training_arguments(tiny_config, tmp_path), []
+    with pytest.raises(ValueError, match="propose"):
+        KarmaTrainer(SimpleNamespace(config=tiny_config.model), args, tiny_data)
+    config = fit_to_gpu(args, tiny_config.model, tiny_data, said.append, budget=10**12)
+    assert args.chunk_size > 10 and not config.gradient_checkpointing and not said
+    args.chunk_size = "auto"
+    config = fit_to_gpu(args, tiny_config.model, tiny_data, said.append, budget=10**6)
+    assert args.chunk_size == 1 and config.gradient_checkpointing
+    assert "hardly fit" in said[0] and "quantization 4bit" in said[0]
+    args.chunk_size = "auto"
+    assert fit_to_gpu(args, tiny_config.model, tiny_data, said.append) == tiny_config.model and args.chunk_size is None
 
 
 def test_plan_says_what_fits(tmp_path):

@@ -8,6 +8,7 @@ padding was. transformers calls `packed_attention` under the name `PACKED`; give
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 
 import numpy as np
@@ -104,6 +105,8 @@ def torch_varlen():
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
+        return None
+    if not {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys():  # as it first was
         return None
 
     def attend(q, k, v, packed, scaling, window):

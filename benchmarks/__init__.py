@@ -1,5 +1,5 @@
-"""Benchmarks of the fused losses and of exact ranking: ``pytest --benchmark``, or ``python -m benchmarks.run`` and
-``python -m benchmarks.ranking`` for one file of results each."""
+"""Benchmarks of the fused losses, soft prompts, exact ranking and training steps: ``pytest --benchmark``, or, for one
+file of results each, ``python -m benchmarks.run``, ``.soft_prompt``, ``.ranking`` and ``.step``."""
 
 import os
 import sys

@@ -53,7 +53,7 @@ def table(results: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step.memory", description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, default=RESULTS / "memory-predicted.json")
+    parser.add_argument("out", nargs="?", type=Path, default=RESULTS / "step" / "memory.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--cards", nargs="+", type=int, default=CARDS, metavar="GB")
     args = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Where the time of a step goes, ours and the usual one's: ``python -m benchmarks.step.profile [OUT.svg]``.
 
 One step (forward and backward) of the demo's batch under torch's profiler, after one to warm up: the time that each
-kind of operation takes itself. Writes the picture and, beside it, the same figures as JSON.
+kind of operation takes itself. Writes the picture, and the same figures as JSON among the results.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from karma_fast.model.backbone import causal_lm
 from karma_fast.step import backward
 
-from .. import ROOT
-from ..machine import describe
+from .. import RESULTS, ROOT
+from ..machine import describe, file_name
 from ..plot import COLOURS
 from .build import make_inputs, make_side
 from .cases import Case, ours, usual
@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
             results["milliseconds"][name] = measure(model.train(), collate(inputs.windows), args.device)
             del model
     draw(results, args.out)
-    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    kept = RESULTS / "step" / f"profile-{file_name(results['machine']['name'])}"
+    kept.write_text(json.dumps(results, indent=1) + "\n")
     for name, times in results["milliseconds"].items():
         print(f"{name:36}" + "".join(f"{times[kind]:>9,.0f}" for kind in KINDS) + f"{sum(times.values()):>10,.0f} ms")
     return 0

@@ -19,8 +19,9 @@ class OfTensors:
     def mapped(self, function: Callable[[Tensor], Tensor]):
         return type(self)(*(_mapped(getattr(self, f.name), function) for f in dataclasses.fields(self)))
 
-    def to(self, device, non_blocking: bool = True):
-        return self.mapped(lambda x: x.to(device, non_blocking=non_blocking and x.is_pinned()))
+    def to(self, device, **options):
+        # transformers asks for copies that the host waits for, which from pinned memory there is no need of
+        return self.mapped(lambda x: x.to(device, non_blocking=x.is_pinned()))
 
     def pin_memory(self):
         return self.mapped(Tensor.pin_memory)

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import Trainer
 
 from karma_fast.model.backbone import compute_dtype
-from karma_fast.trainer import KarmaTrainingArguments
 
 from .. import RESULTS, measure
 from ..implementations import why_not
@@ -60,12 +59,10 @@ class Ready:
     record: dict
 
 
-def probe(device: str, case: Case, side: Side) -> None:
+def probe(device: str, case: Case) -> None:
     """Raises where the side cannot run."""
     for module in ("transformers", "peft", *["bitsandbytes"] * (case.config.quantization == "4bit")):
         importlib.import_module(module)
-    if side.chunk is not None and "chunk_size" not in {f.name for f in dataclasses.fields(KarmaTrainingArguments)}:
-        raise NotImplementedError("KarmaTrainingArguments has no chunk_size")
 
 
 def limit_memory(device: str, gib: int) -> None:
@@ -198,7 +195,7 @@ def run_case(run: Run, case: Case, folder: Path) -> None:
     for side in sides_for(run.device):
         if run.known(case, side.name):
             continue
-        if reason := why_not(functools.partial(probe, case=case, side=side), run.device):
+        if reason := why_not(functools.partial(probe, case=case), run.device):
             run.record(case, side.name, "absent", reason=reason)
         else:
             sides.append(side)

@@ -84,8 +84,6 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .packed_attention import use_packed_attention
-
     device = torch.device(device) if device is not None else default_device()
     name = resolve_backbone(config.backbone)
     dtype = torch.float32 if config.tuning == "full" else compute_dtype(device)
@@ -104,6 +102,13 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
                           f"{', '.join(GGUF_ASSETS)}") from error
     if config.quantization == "none":
         model.to(device)
+    return ready_to_train(model, config), tokenizer
+
+
+def ready_to_train(model: PreTrainedModel, config: KarmaConfig) -> nn.Module:
+    """A loaded model with its attention, adapters and checkpointing as the settings say, and the rest frozen."""
+    from .packed_attention import use_packed_attention
+
     keep_differentiable(model)
     if config.attention == "auto":
         use_packed_attention(model)
@@ -111,9 +116,7 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
-    if config.tuning == "lora":
-        model = add_lora(model, config)
-    return model, tokenizer
+    return add_lora(model, config) if config.tuning == "lora" else model
 
 
 def quantization_config(config: KarmaConfig, dtype: torch.dtype, nested: bool):

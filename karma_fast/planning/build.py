@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, KarmaConfig
-from ..model.backbone import add_lora, causal_lm, compute_dtype, keep_differentiable, quantization_config
+from ..model.backbone import causal_lm, compute_dtype, quantization_config, ready_to_train
 from ..model.features import KINDS, ItemFeatures
-from ..model.packed_attention import use_packed_attention
 from .simulated import SimulatedTensor, Simulation
 from .timeline import REPEATED
 from .workload import Tokens, Workload
@@ -58,14 +57,7 @@ def simulated_backbone(config: KarmaConfig, shape: PretrainedConfig, simulation:
         if config.quantization != "none":
             quantised_shell(model, quantization_config(config, dtype, nested=device.type == "cuda"))
     simulate_weights(model, simulation)
-    keep_differentiable(model)
-    if config.attention == "auto":
-        use_packed_attention(model)
-    model.requires_grad_(config.tuning == "full")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.config.use_cache = False
-    return add_lora(model, config) if config.tuning == "lora" else model
+    return ready_to_train(model, config)
 
 
 @contextlib.contextmanager

@@ -153,12 +153,14 @@ def peak_memory(loss: Loss, inputs: Inputs) -> int:
         return peak_of_gpu(lambda: step(loss, inputs))[1] - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(loss, inputs)
+    return max(held_bytes(profile))
+
+
+def held_bytes(profile: torch.profiler.profile) -> list[int]:
+    """Beyond what was held before, at first and after each allocation and release that torch reported to its
+    profiler."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        most = max(most, held)
-    return most
+    return [0, *itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]
 
 
 def peak_of_gpu(call: Callable[[], object]) -> tuple[object, int]:

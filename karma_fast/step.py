@@ -63,7 +63,7 @@ def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_no
     Raises:
         OutOfMemory: names the part. No weight was changed; the gradients are incomplete.
     """
-    replay = draws_dropout(model.backbone)
+    replay = len(batch.prompts) > 1 and draws_dropout(model.backbone)
     gradients = Gradients(model, llm_norms)
     parts = LossParts()
     states, read = [], []

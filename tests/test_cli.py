@@ -89,6 +89,9 @@ def test_plan_says_what_fits(tmp_path):
                    folder=tmp_path)
     assert "it fits" in out and "batch_size                   64" in out and "chunk_size                   4" in out
     assert "up to 63 negatives" in out and "every window has 10 items" in out
+    out, _ = karma("plan", "shop.yaml", "--gpu-memory", "4GB", "--batch-size", "8", "--training.chunk_size", "auto",
+                   folder=tmp_path)
+    assert "it fits" in out and "chunk_size                   8" in out  # auto is what plan looks for anyway
     found = json.loads(karma("plan", "--model", "qwen2.5-7b", "--gpu-memory", "1GB", "--chunk-size", "1", "--json",
                              folder=tmp_path, code=1)[0])
     assert not found["fits"] and found["parts"]["frozen weights"] > 3e9

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measure import held_bytes
 from karma_fast.commands.plan import gpu_memory, main
 from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.model.backbone import load_backbone
@@ -89,8 +90,7 @@ def most_on_a_cpu(call) -> int:
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+    return max(held_bytes(profile))
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -116,6 +116,16 @@ def test_dropout_is_replayed_bit_for_bit(tiny_config, tiny_data, tmp_path, in_fl
     assert any(not torch.allclose(other[n], g) for n, g in expected.items())
 
 
+def assert_replayed(model: KarmaModel, batch) -> None:
+    """With the same seed, the gradients of the same chunks kept in the graph."""
+    torch.manual_seed(5)
+    model(batch).loss.backward()
+    expected = taken(model)
+    torch.manual_seed(5)
+    backward(model, batch)
+    assert_same(taken(model), expected, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 def test_dropout_of_any_family_is_replayed(tiny_config, tiny_backbone, tiny_data, tmp_path, in_float32, family):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -128,12 +138,7 @@ def test_dropout_of_any_family_is_replayed(tiny_config, tiny_backbone, tiny_data
     tokenizer.save_pretrained(folder)
     model = build(tiny_config.model, tiny_data, tmp_path, backbone=str(folder))
     batch = batch_of(model, tiny_data, 4)
-    torch.manual_seed(5)
-    model(batch).loss.backward()
-    expected = taken(model)
-    torch.manual_seed(5)
-    backward(model, batch)
-    assert_same(taken(model), expected, tolerance=1e-5)
+    assert_replayed(model, batch)
     assert not draws_dropout(model.eval().backbone)
 
 
@@ -141,12 +146,7 @@ def test_dropout_of_an_adapted_head_is_replayed(tiny_config, tiny_data, tmp_path
     model = build(tiny_config.model, tiny_data, tmp_path, lora_targets="q_proj,lm_head", lora_dropout=0.3)
     assert model.head_is_trained
     batch = batch_of(model, tiny_data, 4)
-    torch.manual_seed(5)
-    model(batch).loss.backward()
-    expected = taken(model)
-    torch.manual_seed(5)
-    backward(model, batch)
-    assert_same(taken(model), expected, tolerance=1e-5)
+    assert_replayed(model, batch)
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-9])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import time
 from collections.abc import Callable
 
@@ -65,6 +64,5 @@ def held_on_cpu(call: Callable[[], object]) -> list[int]:
     call holds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    del result
-    return [0, *itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]
+    del result  # released only now, so that the last number counts it
+    return measure.held_bytes(profile)

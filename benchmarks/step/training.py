@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from .. import measure
 from .usual import UsualModel
 
 PASSES = 2  # over a frozen weight: forward, and the gradient of its input
@@ -45,17 +46,7 @@ class Clock(TrainerCallback):
             self.peaks.append(torch.cuda.max_memory_allocated())
         elif self.profiles:
             self.profile.stop()
-            self.peaks.append(most_held(self.profile))
-
-
-def most_held(profile: torch.profiler.profile) -> int:
-    """Bytes: the highest running sum of what torch reported to its profiler, which is exact and repeats."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        most = max(most, held)
-    return most
+            self.peaks.append(max(measure.held_bytes(self.profile)))
 
 
 def run_steps(trainer: Trainer, count: int, clock: Clock | None = None) -> float:

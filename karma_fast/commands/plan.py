@@ -56,7 +56,8 @@ def step_settings(config: RunConfig) -> tuple[int, int | None, str]:
     windows = settings["per_device_train_batch_size"]
     if settings.get("batch_size"):  # pairs
         windows = -(-settings["batch_size"] // (config.model.max_history if config.model.positions == "all" else 1))
-    return windows, settings.get("chunk_size"), str(getattr(settings["optim"], "value", settings["optim"]))
+    chunk = settings["chunk_size"]
+    return windows, None if chunk == "auto" else chunk, str(getattr(settings["optim"], "value", settings["optim"]))
 
 
 def gpu_memory(text: str | None) -> int | None:

@@ -9,30 +9,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from karma_fast.baselines import BASELINES, baseline_rows
+from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
+from karma_fast.baselines.rows import DEFAULT, request_scorer
+from karma_fast.baselines.scorers import item_knn, popularity, tf_idf, transitions
 from karma_fast.data.schema import Items, Sequences, Split
-from karma_fast.evaluation.baselines import (
-    baseline_rows,
-    baseline_scorers,
-    item_knn,
-    popularity,
-    recent_history,
-    tf_idf,
-    training_matrix,
-)
 from karma_fast.evaluation.csr import seen_before
 
 TITLES = ["Red shoe", "blue SHOE, blue", "", "tea (1995)", "green tea", "Red tea pot", "shoe"]
+TEXTS = [f"{title} | {kind}" for title, kind in zip(TITLES, ["shoes", "shoes", "", "food", "food", "home", "shoes"],
+                                                    strict=True)]
 
 
 def dataset(lists):
     """Leave one out: the last event of a user is the test, the one before it the validation target."""
     sizes = [len(part) for part in lists]
     indptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    items = Items(ids=np.arange(len(TITLES)).astype(str), texts=TITLES, titles=TITLES)
+    items = Items(ids=np.arange(len(TITLES)).astype(str), texts=TEXTS, titles=TITLES)
     sequences = Sequences(user_ids=np.arange(len(lists)).astype(str), indptr=indptr,
                           items=np.concatenate(lists).astype(np.int32))
     split = Split(train_end=indptr[1:] - 2, valid=indptr[1:] - 2, test=indptr[1:] - 1, description="leave one out")
     return SimpleNamespace(items=items, sequences=sequences, split=split)
+
+
+def similarity(texts):
+    """(7, 7) cosines of TF-IDF vectors, dense."""
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    names = sorted({w for part in words for w in part})
+    idf = [np.log(8 / (1 + sum(w in part for part in words))) + 1 for w in names]
+    table = np.array([[part[w] for w in names] for part in words]) * idf
+    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    return table @ table.T
 
 
 histories = st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=9), min_size=1, max_size=6)
@@ -48,25 +55,51 @@ def test_scores_equal_loops(lists):
     cosine = np.array([[0 if h == j or not users[h] or not users[j] else
                         len(users[h] & users[j]) / np.sqrt(len(users[h]) * len(users[j])) for j in range(7)]
                        for h in range(7)])
-    words = [Counter(re.findall(r"\w+", title.lower())) for title in TITLES]
-    names = sorted({w for part in words for w in part})
-    idf = [np.log(8 / (1 + sum(w in part for part in words))) + 1 for w in names]
-    table = np.array([[part[w] for w in names] for part in words]) * idf
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
-    similar = table @ table.T
+    follows = Counter(pair for part in train for pair in zip(part, part[1:], strict=False))
+    title, text = similarity(TITLES), similarity(TEXTS)
 
-    history = recent_history(data.sequences, data.split.test, 7)
-    found = {name: scorer(history) for name, scorer in baseline_scorers(data).items()}
+    names = [name for name in BASELINES if name != "tuned mix"]
+    found = {name: request_scorer(data, name)(data.split.test) for name in names}
     for u, part in enumerate(lists):
-        recent = part[:-1][-5:]  # the validation item is history by now
+        past = part[:-1]  # the validation item is history by now
+        weights = 0.7 ** np.arange(len(past))[::-1]
         np.testing.assert_array_equal(found["popularity"][u], [count[j] for j in range(7)])
-        np.testing.assert_allclose(found["item-kNN"][u], cosine[recent].sum(0), atol=1e-6)
-        np.testing.assert_allclose(found["title TF-IDF"][u], similar[recent].sum(0), atol=1e-6)
+        np.testing.assert_allclose(found["item-kNN"][u], cosine[past[-5:]].sum(0), atol=1e-6)
+        np.testing.assert_allclose(found["title TF-IDF"][u], title[past[-5:]].sum(0), atol=1e-6)
+        np.testing.assert_allclose(found["kNN with decay"][u], weights @ cosine[past], atol=1e-6)
+        np.testing.assert_allclose(found["text with decay"][u], weights @ text[past], atol=1e-6)
+        np.testing.assert_array_equal(found["transitions"][u], [follows[past[-1], j] for j in range(7)])
 
 
-def test_nothing_after_the_training_part_is_fitted():
-    one, two = dataset([[0, 1, 2, 3], [1, 0, 4, 5]]), dataset([[0, 1, 6, 5], [1, 0, 2, 2]])
-    assert (training_matrix(one.sequences, one.split, 7) != training_matrix(two.sequences, two.split, 7)).nnz == 0
+def test_transitions_are_directed_and_stay_within_a_user():
+    data = dataset([[0, 1, 1, 5, 5], [1, 2, 5, 5], [3, 4, 4]])  # in training: 0 1 1, 1 2, 3
+    counts = transition_counts(data.sequences, data.split, 7).toarray()
+    assert list(zip(*np.nonzero(counts), strict=True)) == [(0, 1), (1, 1), (1, 2)] and counts.sum() == 3
+    scores = transitions(transition_counts(data.sequences, data.split, 7))(
+        recent_history(data.sequences, np.array([1, 5]), 7, last=1))
+    assert scores[0].tolist() == [0, 1, 0, 0, 0, 0, 0]  # after item 0
+    assert not scores[1].any()  # before the first event of a user there is nothing to go on from
+
+
+def test_history_weights():
+    data = dataset([[0, 1, 0, 2, 3]])
+    found = recent_history(data.sequences, np.array([4, 2]), 7, last=3, decay=0.5).toarray()
+    assert found[0].tolist() == [0.5, 0.25, 1, 0, 0, 0, 0] and found[1].tolist() == [0.5, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "tuned mix"])
+def test_only_the_training_part_is_fitted(name):
+    """Scores of validation requests, which read the training part alone, do not move with what came later."""
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 7, rng.integers(4, 9)).tolist() for _ in range(20)]
+    one = dataset(lists)
+    two = dataset([part[:-2] + rng.integers(0, 7, 2).tolist() for part in lists])
+    assert (one.sequences.items != two.sequences.items).any()
+    np.testing.assert_array_equal(*(request_scorer(data, name)(data.split.valid) for data in (one, two)))
+    leaked = dataset(lists)  # the check would notice: the same with everything in the training part
+    leaked.split.train_end = leaked.sequences.indptr[1:]
+    moved = not np.array_equal(*(request_scorer(data, name)(data.split.valid) for data in (one, leaked)))
+    assert moved == (name not in ("title TF-IDF", "text with decay"))
 
 
 def test_seen_before():
@@ -80,26 +113,30 @@ def test_rows():
     data = dataset([[3, 4, 0, 1], [3, 4, 1, 0], [3, 4, 2, 2], [6, 3, 0, 4]])
     position = data.split.test[3:]
     rows = baseline_rows(data, position, ks=(1, 2))
-    assert list(rows) == ["popularity", "item-kNN", "title TF-IDF"]
+    assert list(rows) == list(DEFAULT) == ["popularity", "item-kNN", "title TF-IDF"]
     # 3 is more popular, but was chosen already
     assert rows["popularity"]["HR@1"] == 1 and rows["item-kNN"]["HR@1"] == 1
     assert baseline_rows(data, position, ks=(1, 2), mask_seen=False)["popularity"]["HR@1"] == 0
     # after "shoe", "tea (1995)" and "Red shoe", "Red tea pot" is nearer than "green tea"
     assert rows["title TF-IDF"]["HR@1"] == 0
+    assert list(baseline_rows(data, position, names=("transitions", "tuned mix"))) == ["transitions", "tuned mix"]
+    with pytest.raises(ValueError, match="'itemknn'; take some of popularity"):
+        baseline_rows(data, position, names=("itemknn",))
 
 
 def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     data = dataset([rng.integers(0, 7, rng.integers(3, 9)) for _ in range(20)])
-    whole = baseline_rows(data, data.split.test, ks=(1, 3))
-    monkeypatch.setattr("karma_fast.evaluation.baselines.BLOCK_BYTES", 3 * 4 * 7)
-    for name, row in baseline_rows(data, data.split.test, ks=(1, 3)).items():
+    names = tuple(name for name in BASELINES if name != "tuned mix")
+    whole = baseline_rows(data, data.split.test, ks=(1, 3), names=names)
+    monkeypatch.setattr("karma_fast.baselines.rows.BLOCK_BYTES", 3 * 4 * 7)
+    for name, row in baseline_rows(data, data.split.test, ks=(1, 3), names=names).items():
         assert row == pytest.approx(whole[name])
 
 
 def test_empty_parts():
     data = dataset([[0, 1], [2, 3, 4]])  # the first user has no training part, and one item of history
-    for row in baseline_rows(data, data.split.test, ks=(1,)).values():
+    for row in baseline_rows(data, data.split.test, ks=(1,), names=BASELINES).values():
         assert all(np.isfinite(value) for value in row.values())
     matrix = training_matrix(data.sequences, data.split, 7)
     none = recent_history(data.sequences, np.array([0]), 7)  # no history at all

@@ -1,0 +1,12 @@
+"""Recommenders to stand beside a model: training-free scorers, a tuned mix of them, and SASRec.
+
+Whatever is fitted, counts or weights, is fitted to the training part of each user's events, as a model's weights are.
+"""
+
+from .mix import MixWeights, TunedMix, mix_scorer, tune_mix
+from .rows import BASELINES, baseline_rows, score_row
+from .sasrec import SASRec, SASRecConfig
+from .sasrec_training import train_sasrec
+
+__all__ = ["BASELINES", "MixWeights", "SASRec", "SASRecConfig", "TunedMix", "baseline_rows", "mix_scorer", "score_row",
+           "train_sasrec", "tune_mix"]

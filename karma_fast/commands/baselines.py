@@ -1,0 +1,153 @@
+"""`karma-fast baselines`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ConfigError, DataConfig, unknown_key
+from .common import COLUMNS, cpu_name, draw, load_config, table
+
+if TYPE_CHECKING:
+    from ..baselines import SASRecConfig
+    from ..data import Dataset
+
+FIXED = ("popularity", "item-kNN", "title TF-IDF", "transitions")  # nothing is chosen for the data at hand
+SPREAD = ("HR@10", "NDCG@10")
+
+
+def main(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    config, sasrec_settings = settings(args)
+    seeds = whole_numbers(args.seeds) if args.seeds else [args.seed]
+    from ..baselines import SASRecConfig
+    from ..data import DataError, load_dataset
+
+    sasrec = SASRecConfig.from_dict(sasrec_settings)
+    data = load_dataset(config)
+    positions = draw(data.split.test, args.test_users, args.seed)
+    if not len(positions):
+        raise DataError("the data has no test target, so nothing can be ranked; see `karma-fast check-data`")
+    bars = sys.stderr.isatty()
+    found = training_free(data, positions, args.masked, args.seed, bars)
+    if not args.no_sasrec:
+        found |= trained(data, positions, args, sasrec, seeds, found["rows"], bars)
+    line = protocol(data, positions, args.masked)
+    print(f"{table(found['rows'], (*COLUMNS, 'tie_share'))}\n\n{line}\n{remarks(found)}")
+    if args.output:
+        from ..model.storage import versions, write_atomically
+
+        found |= {"protocol": line, "split": "test", "requests": len(positions), "masked": args.masked,
+                  "seed": args.seed, "command": shlex.join(["karma-fast", *sys.argv[1:]]), "device": device_name(),
+                  "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(args.output), json.dumps(found, indent=1) + "\n")
+        print(f"written  {args.output}")
+    return 0
+
+
+def settings(args: argparse.Namespace) -> tuple[DataConfig, dict[str, str]]:
+    """The data section, and the settings of SASRec; ConfigError for others."""
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    for_sasrec = {key.removeprefix("sasrec."): value for key, value in args.overrides.items()
+                  if key.startswith("sasrec.")}
+    for_data = {key.removeprefix("data."): value for key, value in args.overrides.items()
+                if not key.startswith("sasrec.")}
+    for key in for_data:
+        if key not in names:
+            raise unknown_key("data", key, names)
+    config = load_config(args.config, {f"data.{key}": value for key, value in for_data.items()}).data
+    if not (config.interactions or config.name):
+        raise ConfigError("baselines: no data named; give CONFIG.yaml, --interactions FILE --items FILE, or "
+                          "--name ml-100k")
+    return config, for_sasrec
+
+
+def whole_numbers(text: str) -> list[int]:
+    """
+    >>> whole_numbers("0,1,2")
+    [0, 1, 2]
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds: got {text!r}; different whole numbers with commas between them are needed, such "
+                          "as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int, bars: bool) -> dict[str, Any]:
+    """``rows`` of the scorers that count, and ``mix``: the weights that were chosen and how."""
+    from ..baselines import MixWeights, baseline_rows, mix_scorer, score_row, tune_mix
+
+    rows = baseline_rows(data, positions, mask_seen=masked, names=FIXED, progress=bars)
+    if len(data.split.valid):
+        tuned = tune_mix(data, mask_seen=masked, seed=seed, progress=bars)
+        name, weights = "tuned mix", tuned.weights
+        mix = {"tuned": True, "weights": dataclasses.asdict(weights), "validation": tuned.metrics,
+               "validation_requests": tuned.requests, "tried": tuned.tried}
+    else:
+        name, weights = "mix, untuned", MixWeights()
+        mix = {"tuned": False, "weights": dataclasses.asdict(weights)}
+    rows[name] = score_row(data, positions, mix_scorer(data, weights), mask_seen=masked, progress=name if bars else "")
+    return {"rows": rows, "mix": mix}
+
+
+def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, config: SASRecConfig, seeds: list[int],
+            rows: dict[str, dict[str, float]], bars: bool) -> dict[str, Any]:
+    """Adds SASRec's row, the mean over the seeds, to ``rows``; ``sasrec``: settings, each seed's run, the spread."""
+    from ..baselines import train_sasrec
+    from ..evaluation import ranking_metrics, seen_before, target_ranks
+
+    runs = []
+    seen = seen_before(data.sequences, positions) if args.masked else None
+    for seed in seeds:
+        folder = Path(args.folder) / f"seed-{seed}" if args.folder else None
+        model = train_sasrec(data, config, seed=seed, progress=bars, folder=folder)
+        users = model.user_vectors([data.sequences.history(p, config.max_history) for p in positions])
+        ranks = target_ranks(users, model.item_vectors(), data.sequences.items[positions].astype(np.int64), seen=seen)
+        runs.append({**model.facts, "row": ranking_metrics(ranks, num_items=len(data.items))})
+    rows["SASRec"] = {name: float(np.mean([run["row"][name] for run in runs])) for name in runs[0]["row"]}
+    spread = {name: float(np.std([run["row"][name] for run in runs], ddof=1)) for name in runs[0]["row"]
+              } if len(runs) > 1 else None
+    return {"sasrec": {"config": config.to_dict(), "runs": runs, "standard_deviation": spread}}
+
+
+def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
+    """One line to print beside the table."""
+    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
+            f"{'seen items left out' if masked else 'seen items kept'}, ties count half; statistics and weights from "
+            f"the training part alone, all events before the target are history; {data.split.description}")
+
+
+def remarks(found: dict[str, Any]) -> str:
+    """What was chosen on validation, and how SASRec's training went."""
+    mix = found["mix"]
+    weights = ", ".join(f"{name} {value:g}" for name, value in mix["weights"].items())
+    how = (f"NDCG@10 {mix['validation']['NDCG@10']:.4f} on {mix['validation_requests']:,} validation requests, "
+           f"{mix['tried']} tried" if mix["tuned"] else "not tuned: the data has no validation target")
+    lines = [f"mix: knn 1, {weights} ({how})"]
+    if "sasrec" in found:
+        lines += [f"SASRec, seed {run['seed']}: best epoch {run['best_epoch']} of {run['epochs']}"
+                  + "".join(f", validation {k} {v:.4f}" for k, v in run["validation"].items())
+                  + "".join(f", test {k} {run['row'][k]:.4f}" for k in SPREAD) + f", {run['seconds']:.0f} s"
+                  for run in found["sasrec"]["runs"]]
+        spread = found["sasrec"]["standard_deviation"]
+        if spread:
+            lines.append("SASRec's row is the mean over the seeds; standard deviation between them: "
+                         + ", ".join(f"{name} {spread[name]:.4f}" for name in SPREAD))
+    return "\n".join(lines)
+
+
+def device_name() -> str:
+    import torch
+
+    return (torch.cuda.get_device_name() if torch.cuda.is_available()
+            else f"{cpu_name()}, {torch.get_num_threads()} threads")

@@ -1,0 +1,88 @@
+"""`karma-fast baselines`: its table, its file, its settings."""
+
+import json
+
+import pytest
+import yaml
+
+from karma_fast.cli import main
+
+ROWS = ["popularity", "item-kNN", "title TF-IDF", "transitions", "tuned mix", "SASRec"]
+QUICK = ("--sasrec.dim", "8", "--sasrec.epochs", "2", "--sasrec.max_history=6")
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch, tiny_dataset):
+    """A folder with shop.yaml, whose model and training sections are nothing to the command."""
+    monkeypatch.chdir(tmp_path)
+    data = {name: getattr(tiny_dataset, name) for name in ("interactions", "items", "name")}
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump({"data": data, "training": {"max_steps": 3}}), encoding="utf-8")
+    return tmp_path
+
+
+def test_table_and_file(shop, capsys):
+    assert main(["baselines", "shop.yaml", *QUICK, "--seeds", "0,1", "--output", "out/b.json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads((shop / "out" / "b.json").read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ROWS and not err
+    lines = out.splitlines()
+    assert [line[:16].strip() for line in lines[1:7]] == ROWS
+    for line, row in zip(lines[1:7], found["rows"].values(), strict=True):
+        assert line[16:].split()[2] == f"{row['HR@10']:.4f}"
+    assert found["protocol"] in out and "30 requests ranked against all 40 items, seen items left out" in out
+    assert "training part alone" in found["protocol"] and "leave one out" in found["protocol"]
+
+    mix = found["mix"]
+    assert mix["tuned"] and set(mix["weights"]) == {"text", "next", "pop", "knn_decay", "text_decay"}
+    assert mix["validation_requests"] == 30 and f"knn_decay {mix['weights']['knn_decay']:g}" in out
+    one, two = found["sasrec"]["runs"]
+    assert (one["seed"], two["seed"], one["epochs"]) == (0, 1, 2) and found["sasrec"]["config"]["dim"] == 8
+    mean = (one["row"]["MRR"] + two["row"]["MRR"]) / 2
+    assert found["rows"]["SASRec"]["MRR"] == pytest.approx(mean) and one["row"]["MRR"] != two["row"]["MRR"]
+    spread = abs(one["row"]["MRR"] - two["row"]["MRR"]) / 2 ** 0.5
+    assert found["sasrec"]["standard_deviation"]["MRR"] == pytest.approx(spread)
+    assert found["requests"] == 30 and found["masked"] and found["versions"]["torch"] and found["device"]
+
+
+def test_rows_are_those_of_the_other_commands(shop, tiny_data):
+    from karma_fast.baselines import baseline_rows
+
+    assert main(["baselines", "shop.yaml", "--no-sasrec", "--output", "b.json"]) == 0
+    found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ROWS[:-1] and "sasrec" not in found
+    for name, row in baseline_rows(tiny_data, tiny_data.split.test).items():
+        assert found["rows"][name] == pytest.approx(row)
+
+
+def test_unmasked_and_fewer_requests(shop, capsys):
+    assert main(["baselines", "shop.yaml", "--unmasked", "--no-sasrec", "--test-users", "7", "--seed", "3",
+                 "--output", "b.json"]) == 0
+    found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert "7 requests" in found["protocol"] and "seen items kept" in capsys.readouterr().out
+    assert not found["masked"] and found["seed"] == 3 and found["requests"] == 7
+
+
+def test_folder_keeps_what_was_trained(shop, capsys):
+    runs = []
+    for _ in range(2):
+        assert main(["baselines", "shop.yaml", *QUICK, "--folder", "runs/sasrec", "--output", "b.json"]) == 0
+        runs.append(json.loads((shop / "b.json").read_text(encoding="utf-8"))["sasrec"]["runs"])
+    assert runs[0] == runs[1]  # the seconds too: nothing was trained again
+    assert main(["baselines", "shop.yaml", "--sasrec.dim", "16", "--folder", "runs/sasrec"]) == 2
+    assert "dim" in capsys.readouterr().err
+
+
+def test_without_validation_targets_the_mix_is_not_tuned(shop, capsys):
+    times = ["--split", "by_time", "--valid_time", "29000", "--test_time", "29001"]
+    assert main(["baselines", "shop.yaml", "--no-sasrec", *times, "--output", "b.json"]) == 0
+    found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert "mix, untuned" in found["rows"] and not found["mix"]["tuned"] and "not tuned" in capsys.readouterr().out
+
+
+def test_wrong_settings(shop, capsys):
+    for words, said in (("--sasrec.dims=8", "did you mean dim"), ("--intreactions=x", "mean interactions"),
+                        ("--seeds=0,0", "different whole numbers"), ("--learning_rate=1", "no such setting")):
+        assert main(["baselines", "shop.yaml", words]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["baselines"]) == 2
+    assert "--name ml-100k" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""What all KARMA rows of a table share: data, model and training, by data set and size."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from karma_fast.config import DataConfig, RunConfig
+from karma_fast.data import DataError
+from karma_fast.recipes import recipe
+from karma_fast.run_setup import training_settings
+
+from .beauty import ORIGINALS, QUERY_COLUMN, convert, default_folder
+
+Size = Literal["reduced", "full"]
+REDUCED_REQUESTS = 2000  # drawn once, by REQUEST_SEED, whatever the row and its seed
+REQUEST_SEED = 0
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """short_history: events before a request up to which its user counts as cold.
+
+    pairs, steps: of the reduced size.
+    """
+
+    name: str
+    short_history: int
+    positions: Literal["last", "all"]
+    pairs: int
+    steps: int
+    queries: bool = False
+
+    def config(self, source: Path | None = None) -> DataConfig:
+        """Where the data is; Beauty is converted from ``source`` if it has not been. DataError says what to do."""
+        if self.name == "ml-100k":
+            return DataConfig(name=self.name)
+        folder = default_folder(self.queries)
+        if not (folder / "about.json").exists():
+            if source is None:
+                raise DataError(f"{folder}: Amazon Beauty has not been converted; give --source FOLDER with "
+                                f"{', '.join(ORIGINALS)}; `python -m benchmarks.quality.beauty --help` says where "
+                                "they are from")
+            convert(source, folder, queries=self.queries)
+        return DataConfig(name=self.name, interactions=str(folder / "interactions.csv"),
+                          items=str(folder / "items.csv"), time_column="order",
+                          query_column=QUERY_COLUMN if self.queries else None,
+                          text_columns=["title", "brand", "categories"])
+
+
+DATA: dict[str, DataSet] = {data.name: data for data in (
+    DataSet("beauty", 4, "all", 384, 100),
+    DataSet("beauty-queries", 4, "last", 96, 60, queries=True),
+    DataSet("ml-100k", 30, "all", 640, 100),
+)}
+
+# two CPU cores, minutes a row: the demo's model and weights
+REDUCED = {
+    "model": {"backbone": "smollm2-135m-instruct", "quantization": "4bit", "lora_rank": 8, "lora_alpha": 16.0,
+              "lora_targets": "q_proj,v_proj", "max_history": 20, "decode_weight": 0.02, "decode_share": 0.25,
+              "decoder_warmup_steps": 20},
+    "training": {"learning_rate": 3e-4, "projection_learning_rate": 1e-3, "warmup_steps": 5, "logging_steps": 10,
+                 "save_steps": 20, "save_total_limit": 1, "report_to": "none"},
+}
+# one GPU
+FULL = {
+    "model": {"backbone": "Qwen/Qwen2.5-0.5B", "quantization": "none", "max_history": 50, "decode_weight": 0.1,
+              "decoder_warmup_steps": 200},
+    "training": {"num_train_epochs": 10, "batch_size": 4096, "learning_rate": 1e-4, "projection_learning_rate": 1e-3,
+                 "warmup_steps": 20, "logging_steps": 10, "save_steps": 50, "save_total_limit": 1, "report_to": "none",
+                 "eval_strategy": "steps", "eval_steps": 50, "eval_users": 2000},
+}
+# a request reads titles word by word, and items are read by the language model too
+RA_REC = {"reduced": {"batch_size": 16, "max_steps": 60}, "full": {"batch_size": 1024, "num_train_epochs": 1}}
+
+
+def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dict[str, str] | None = None,
+                kind: str = "karma") -> RunConfig:
+    """Model and training that every row of a recipe starts from.
+
+    changes: settings such as {"model.decode_weight": "0.03", "training.max_steps": "20"}; ConfigError for one that
+    KARMA's do not have. Of other recipes a model setting that they lack is left out.
+    """
+    values = copy.deepcopy(REDUCED if size == "reduced" else FULL)
+    if size == "reduced":
+        values["training"] |= {"max_steps": data.steps, "batch_size": data.pairs}
+    if kind == "karma":
+        values["model"]["positions"] = data.positions
+    else:
+        values["model"] = {name: values["model"][name] for name in ("backbone", "quantization")}
+        values["training"] |= RA_REC[size]
+    settings_of = recipe(kind).Config
+    known = {f.name for f in dataclasses.fields(settings_of)}
+    for name, value in (changes or {}).items():
+        section, _, key = name.partition(".")
+        if section not in values or not key:
+            raise ValueError(f"--set {name}: model.NAME=VALUE or training.NAME=VALUE is needed")
+        if kind == "karma" or section == "training" or key in known:
+            values[section][key] = value
+    return RunConfig(data_config, settings_of.from_dict(values["model"]), training_settings(values["training"]))
+
+
+def facts_of(config: RunConfig) -> dict[str, Any]:
+    """The settings for a results file, without paths."""
+    model = config.model.to_dict()
+    if Path(model["backbone"]).exists():
+        model["backbone"] = Path(model["backbone"]).name
+    return {"model": model, "training": dict(config.training)}

@@ -1,0 +1,208 @@
+"""Results of the experiment to Markdown tables and pictures: ``python -m benchmarks.quality.tables``.
+
+A document holds a pair of comments, ``<!-- quality:DATA-SIZE:PART -->`` and ``<!-- /quality -->``; what is between
+them is replaced by the tables of every device that there are results of. PART is main, unmasked, parts, queries, cost
+or diagnostics. ``<!-- quality:published -->`` holds the figures of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import RESULTS, ROOT
+from ..tables import rows_of
+from . import published
+from .protocol import HISTORY_ONLY
+from .results import REFERENCE
+from .rows import ROWS
+
+BLOCK = re.compile(r"(<!-- quality:(?P<name>\S+) -->).*?(<!-- /quality -->)", re.DOTALL)
+METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
+# column -> entry of karma_fast.diagnostics
+DIAGNOSTICS = {"first token receives": "first_received", "history sink": "history_sink", "barcode": "barcode",
+               "effective rank of u": "u_effective_rank", "mean cosine of u": "u_mean_cosine",
+               "perplexity ratio": "perplexity_ratio", "attribute probe of u": "u_attributes_probe_recall@10",
+               "of shuffled u": "u_shuffled_attributes_probe_recall@10", "fresh decoder, own u": "decoder_matched",
+               "another's u": "decoder_shuffled", "JS@50": "attributes_js@50"}
+
+
+def by_row(results: dict[str, Any]) -> dict[str, list[dict]]:
+    """row -> its records by seed, in the order of `rows.ROWS`."""
+    found: dict[str, list[dict]] = {}
+    for name in ROWS:
+        records = sorted((r for r in results["records"] if r["row"] == name), key=lambda r: r["seed"])
+        if records:
+            found[name] = records
+    return found
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Mean, and the standard deviation over seeds where there are several.
+
+    >>> spread([0.1, 0.2]), spread([0.1])
+    ('0.1500 ± 0.0707', '0.1000')
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def values_of(records: list[dict], variant: str, part: str, metric: str) -> list[float]:
+    return [r["metrics"][variant][part][metric] for r in records if part in r["metrics"].get(variant, {})]
+
+
+def name_of(records: list[dict]) -> str:
+    """As a first column: the row's letter and what it is."""
+    row = records[0]
+    label = f"{row['row']}: {row['label']}" if row["kind"] == "karma" else row["label"]
+    read = max(r["readings"] for r in records)
+    return label + (f" (read {read} times)" if read > 1 else "")
+
+
+def against(results: dict, row: str, other: str, variant: str, metric: str = "HR@10") -> str:
+    """Difference to another row with its standard error over requests.
+
+    Several seeds of both also have a standard error over them; the larger of the two is shown, with its kind.
+    """
+    found = results["comparisons"].get(row, {}).get(f"{other}, {variant}")
+    if found is None:
+        return "-"
+    entry, kind = found[metric], "requests"
+    error, seeds = entry["standard_error"] or 0.0, entry["by_seed"]
+    if len(seeds) > 1:
+        over_seeds = float(np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
+        error, kind = max((error, "requests"), (over_seeds, "seeds"))
+    return f"{entry['difference']:+.4f} ± {error:.4f} ({kind})"
+
+
+def main_table(results: dict, variant: str = "masked") -> str:
+    table = [["row", "seeds", *METRICS, f"HR@10 against {REFERENCE}", "HR@10 against its parent", "parent"]]
+    for name, records in by_row(results).items():
+        parent = records[0]["parent"]
+        cells = [values_of(records, variant, "all", metric) for metric in METRICS]
+        if all(cells):
+            table.append([name_of(records), str(len(records)) if ROWS[name].seeded else "-", *map(spread, cells),
+                          against(results, name, REFERENCE, variant),
+                          against(results, name, parent, variant) if parent else "-", parent or "-"])
+    return rows_of(table)
+
+
+def parts_table(results: dict, variant: str = "masked") -> str:
+    """HR@10 and HR@200 of the parts of the requests."""
+    sizes = {part: n for part, n in results["requests"].items() if n}
+    table = [["row", *(f"{metric}, {part} ({n:,})" for part, n in sizes.items() for metric in ("HR@10", "HR@200"))]]
+    for records in by_row(results).values():
+        table.append([name_of(records), *(spread(values_of(records, variant, part, metric)) for part in sizes
+                                          for metric in ("HR@10", "HR@200"))])
+    return rows_of(table)
+
+
+def queries_table(results: dict) -> str:
+    """With the query and without it, by the same model."""
+    if not results["queries"]:
+        return "The requests have no queries."
+    table = [["row", *(f"{metric}, {how}" for metric in ("HR@10", "HR@200", "NDCG@10")
+                       for how in ("query and history", "history alone"))]]
+    for records in by_row(results).values():
+        table.append([name_of(records), *(spread(values_of(records, variant, "all", metric)) for metric in
+                                          ("HR@10", "HR@200", "NDCG@10") for variant in
+                                          ("masked", "masked" + HISTORY_ONLY))])
+    return rows_of(table)
+
+
+def cost_table(results: dict) -> str:
+    table = [["row", "steps", "training, s", "ranking, s", "peak memory, GB"]]
+    for records in by_row(results).values():
+        if "train_seconds" in records[0]:
+            peaks = [r["peak_bytes"] / 1e9 for r in records if "peak_bytes" in r]
+            table.append([name_of(records), str(records[0].get("steps", "-")),
+                          spread([r["train_seconds"] for r in records], 0),
+                          spread([r["ranking_seconds"] for r in records], 0), spread(peaks, 2) if peaks else "-"])
+    return rows_of(table)
+
+
+def diagnosed(record: dict, entry: str) -> float | None:
+    """A value of karma_fast.diagnostics, None where there is none."""
+    found = record.get("diagnostics", {}).get("states", {}).get("trained", {}).get(entry, {})
+    return found.get("value") if isinstance(found, dict) else None
+
+
+def diagnostics_table(results: dict) -> str:
+    """Of the rows that were diagnosed, by their means over seeds."""
+    table = [["row", *DIAGNOSTICS]]
+    for records in by_row(results).values():
+        cells = [[v for r in records if (v := diagnosed(r, entry)) is not None] for entry in DIAGNOSTICS.values()]
+        if any(cells):
+            table.append([name_of(records), *(spread(cell, 3) if cell else "-" for cell in cells)])
+    return rows_of(table) if len(table) > 1 else "No row was diagnosed; --diagnose does it."
+
+
+PARTS = {"main": main_table, "unmasked": lambda results: main_table(results, "unmasked"), "parts": parts_table,
+         "queries": queries_table, "cost": cost_table, "diagnostics": diagnostics_table}
+
+
+def about(results: dict) -> str:
+    """Which machine, versions, protocol and commands a table is of."""
+    machine = results["machine"]
+    versions = [f"torch {machine['torch']}", f"Python {machine['python']}",
+                *(f"{name} {version}" for name, version in machine["libraries"].items())]
+    model, reduced = results["settings"]["model"], "REDUCED: " if results["size"] == "reduced" else ""
+    steps = results["settings"]["training"]
+    length = f"{steps['max_steps']} steps" if "max_steps" in steps else f"{steps['num_train_epochs']:g} epochs"
+    commands = "; ".join(f"`{command}`" for command in results["commands"])
+    return (f"{reduced}{model['backbone']}, {model['quantization']}, {length} of about {steps['batch_size']} pairs, "
+            f"decode_weight {model['decode_weight']:g}. {results['protocol']}. {machine['name']}; "
+            f"{', '.join(versions)}; {results['date'][:10]}; {commands}.")
+
+
+def table_for(name: str, files: dict[str, dict]) -> str:
+    """The tables of one comment, a paragraph for each device."""
+    if name == "published":
+        return published.table()
+    group, _, part = name.partition(":")
+    if part not in PARTS:
+        raise ValueError(f"quality:{name}: DATA-SIZE:PART or published is needed, with PART one of "
+                         f"{', '.join(PARTS)}")
+    found = [r for r in files.values() if f"{r['data']}-{r['size']}" == group and r["on"] == "test" and r["records"]]
+    if not found:
+        data, _, size = group.rpartition("-")
+        return f"Not run yet: `python -m benchmarks.quality --data {data} --size {size} --seeds 0,1,2` fills this in."
+    return "\n\n".join(f"{about(results)}\n\n{PARTS[part](results)}" for results in found)
+
+
+def fill(text: str, files: dict[str, dict]) -> str:
+    """The document with every table between its comments made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{table_for(m['name'], files)}\n{m[3]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "quality.md"])
+    parser.add_argument("--results", type=Path, default=RESULTS / "quality", metavar="FOLDER")
+    parser.add_argument("--plots", type=Path, default=ROOT / "docs", metavar="FOLDER",
+                        help="pictures go here, quality-<results file>.svg")
+    args = parser.parse_args(arguments)
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.results.glob("*.json"))}
+    try:
+        for path in args.documents:
+            path.write_text(fill(path.read_text(encoding="utf-8"), files), encoding="utf-8")
+            print(path)
+        from .plots import plot
+
+        for name, results in files.items():
+            if results["on"] == "test" and results["records"]:
+                target = args.plots / f"quality-{name}.svg"
+                print(f"{target}: {plot(results, target)}")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

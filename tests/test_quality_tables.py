@@ -1,0 +1,128 @@
+"""Tables and pictures of the quality experiment from constructed results."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import tables
+from benchmarks.quality.plots import diagnosed_rows, plot
+from benchmarks.quality.protocol import HISTORY_ONLY
+from benchmarks.quality.published import FIGURES
+from benchmarks.quality.rows import ROWS
+
+METRICS = {"HR@10": 0.1, "HR@50": 0.2, "HR@200": 0.4, "NDCG@10": 0.05, "MRR": 0.04, "tie_share": 0.0}
+
+
+def record(name: str, seed: int, lift: float = 0.0, queries: bool = False, **more) -> dict:
+    row = ROWS[name]
+    metrics = {part: {k: v + lift for k, v in METRICS.items()} for part in ("all", "history of at most 4")}
+    variants = {"masked": metrics, "unmasked": {part: {k: v / 2 for k, v in found.items()}
+                                                for part, found in metrics.items()}}
+    if queries:
+        variants |= {name + HISTORY_ONLY: found for name, found in copy.deepcopy(variants).items()}
+    return {"row": name, "label": row.label, "kind": row.kind, "parent": row.parent, "differs": row.differs,
+            "seed": seed, "changes": {}, "readings": 1, "metrics": variants, **more}
+
+
+def difference(value: float, error: float, by_seed: list[float]) -> dict:
+    return {"HR@10": {"difference": value, "standard_error": error, "by_seed": by_seed}, "seeds": len(by_seed)}
+
+
+@pytest.fixture
+def results() -> dict:
+    cost = {"steps": 60, "train_seconds": 100.0, "ranking_seconds": 3.0, "peak_bytes": 2e9}
+    found = {"states": {"trained": {"u_effective_rank": {"value": 30.0}, "history_sink": {"value": None}}}}
+    return {"benchmark": "quality", "data": "beauty", "size": "reduced", "on": "test", "queries": False,
+            "protocol": "beauty: 2,000 requests", "requests": {"all": 2000, "history of at most 4": 700, "none": 0},
+            "settings": {"model": {"backbone": "tiny", "quantization": "4bit", "decode_weight": 0.02},
+                         "training": {"max_steps": 60, "batch_size": 384}},
+            "machine": {"name": "A CPU, 2 threads", "torch": "2.13.0", "python": "3.11.7", "libraries": {"peft": "1"}},
+            "date": "2026-11-22T00:00:00+00:00", "commands": ["python -m benchmarks.quality --data beauty"],
+            "records": [record("C", 1, 0.03, **cost), record("popularity", 0, -0.02), record("A", 0, **cost),
+                        record("A", 1, 0.01, **cost), record("C", 0, 0.02, **cost, diagnostics=found)],
+            "comparisons": {"C": {"A, masked": difference(0.02, 0.004, [0.02, 0.02])},
+                            "popularity": {"A, masked": difference(-0.025, 0.004, [-0.02, -0.04])}}}
+
+
+def rows_of_table(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_main_table_has_means_spreads_and_differences(results):
+    head, _, *lines = rows_of_table(tables.main_table(results))
+    assert [line[0] for line in lines] == ["popularity", "A: L_act", "C: L_act + L_rec"]  # in the order of rows
+    assert lines[0][head.index("seeds")] == "-" and lines[2][head.index("seeds")] == "2"
+    assert lines[0][head.index("HR@10")] == "0.0800" and lines[2][head.index("HR@10")] == "0.1250 ± 0.0071"
+    assert lines[2][head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests)"
+    assert lines[0][head.index("HR@10 against A")] == "-0.0250 ± 0.0100 (seeds)"  # the larger error
+    assert lines[1][head.index("HR@10 against A")] == "-"
+    unmasked = rows_of_table(tables.main_table(results, "unmasked"))
+    assert unmasked[2][head.index("HR@10")] == "0.0400" and unmasked[4][head.index("HR@10 against A")] == "-"
+
+
+def test_a_second_reading_is_seen(results):
+    results["records"][0]["readings"] = 2
+    assert "C: L_act + L_rec (read 2 times)" in tables.main_table(results)
+
+
+def test_parts_queries_cost_and_diagnostics(results):
+    head, _, *lines = rows_of_table(tables.parts_table(results))
+    assert head[1:] == ["HR@10, all (2,000)", "HR@200, all (2,000)", "HR@10, history of at most 4 (700)",
+                        "HR@200, history of at most 4 (700)"]
+    assert lines[0][1:] == ["0.0800", "0.3800", "0.0800", "0.3800"]
+    assert "no queries" in tables.queries_table(results)
+    asked = results | {"queries": True, "records": [record("A", 0, queries=True)]}
+    assert rows_of_table(tables.queries_table(asked))[2][1:] == ["0.1000", "0.1000", "0.4000", "0.4000", "0.0500",
+                                                               "0.0500"]
+    assert rows_of_table(tables.cost_table(results))[2:] == [["A: L_act", "60", "100 ± 0", "3 ± 0", "2.00 ± 0.00"],
+                                                             ["C: L_act + L_rec", "60", "100 ± 0", "3 ± 0",
+                                                              "2.00 ± 0.00"]]
+    head, _, line = rows_of_table(tables.diagnostics_table(results))
+    assert line[head.index("effective rank of u")] == "30.000" and line[head.index("history sink")] == "-"
+    del results["records"][-1]["diagnostics"]
+    assert "No row was diagnosed" in tables.diagnostics_table(results)
+
+
+def test_documents_are_filled_again_and_again(results, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "beauty-reduced-cpu.json").write_text(json.dumps(results))
+    tried = results | {"on": "valid"}
+    (tmp_path / "results" / "beauty-reduced-cpu-valid.json").write_text(json.dumps(tried))
+    document = tmp_path / "page.md"
+    document.write_text("Before\n<!-- quality:beauty-reduced:main -->\nold\n<!-- /quality -->\nbetween\n"
+                        "<!-- quality:ml-100k-full:cost --><!-- /quality -->\n"
+                        "<!-- quality:published -->\n<!-- /quality -->\nafter\n")
+    words = [str(document), "--results", str(tmp_path / "results"), "--plots", str(tmp_path / "plots")]
+    assert tables.main(words) == 0
+    text = document.read_text()
+    assert "old" not in text and text.startswith("Before\n") and text.endswith("after\n")
+    assert text.count("REDUCED: tiny, 4bit, 60 steps of about 384 pairs") == 1  # not that of validation
+    assert "A CPU, 2 threads; torch 2.13.0, Python 3.11.7, peft 1; 2026-11-22; `python -m benchmarks.quality" in text
+    assert "Not run yet: `python -m benchmarks.quality --data ml-100k --size full --seeds 0,1,2`" in text
+    assert "| S3-Rec | 0.0387 |" in text
+    assert tables.main(words) == 0 and document.read_text() == text
+    assert (tmp_path / "plots" / "quality-beauty-reduced-cpu.svg").read_text().startswith("<?xml")
+    document.write_text("<!-- quality:beauty-reduced:all --><!-- /quality -->")
+    with pytest.raises(SystemExit):
+        tables.main(words)
+    assert "PART one of main" in capsys.readouterr().err
+
+
+def test_the_picture_shows_what_was_diagnosed(results, tmp_path):
+    rows = tables.by_row(results)
+    assert diagnosed_rows(rows, "u_effective_rank") == {"C": (30.0, pytest.approx(0.12))}  # of the same seed
+    assert diagnosed_rows(rows, "history_sink") == {}
+    assert plot(results, tmp_path / "a.svg") == "3 rows, 1 diagnostics"
+    text = (tmp_path / "a.svg").read_text()
+    plot(results, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == text  # nothing of the time
+
+
+def test_published_figures_fit_their_columns():
+    for name, values, where in FIGURES:
+        assert len(values) == 6 and "https://github.com/" in where, name
+        assert np.all(np.diff(values[0::2]) > 0) and np.all(np.array(values[1::2]) < np.array(values[0::2])), name
+    assert not any(name in ("TIGER", "E4SRec", "ActionPiece", "IDGenRec") for name, _, _ in FIGURES)

@@ -138,7 +138,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     train = add("train", "train", "train a model as a YAML file says, evaluate it beside the baselines, and report",
                 "examples:\n  karma-fast train shop.yaml\n  karma-fast train shop.yaml --learning_rate 1e-4 "
                 f"--model.positions last\n  karma-fast train shop.yaml --resume\n\n{settings_help()}", True)
-    train.add_argument("config", metavar="CONFIG.yaml", help="sections data:, model: and training:")
+    train.add_argument("config", metavar="CONFIG.yaml", help="sections data:, model: and training:, and maybe recipe:")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     for command, group in ((demo, demo), (train, again)):
@@ -152,6 +152,28 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     evaluate.add_argument("--split", choices=("test", "valid"), default="test", help="which targets (default: test)")
     evaluate.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
     evaluate.add_argument("--baselines", action="store_true", help="rows of popularity, item-kNN and title TF-IDF too")
+
+    diagnose = add("diagnose", "diagnose", "measure collapse: attention, embeddings, perplexity, probes",
+                   "examples:\n  karma-fast diagnose runs/demo --untuned\n  karma-fast diagnose runs/shop shop.yaml "
+                   "--requests 256 --output shop.json\n  karma-fast diagnose my-finetuned-llm shop.yaml --base "
+                   "Qwen/Qwen2.5-0.5B\n\nA run's folder gets diagnostics.json and a section in its report.")
+    diagnose.add_argument("model", metavar="MODEL", help="folder of a run, of a saved model, or of a plain language "
+                          "model of transformers or peft")
+    diagnose.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is used (default: the "
+                          "run's)")
+    diagnose.add_argument("--requests", type=whole, default=1024, metavar="N", help="held-out requests to look at, "
+                          "drawn by the seed (default: 1024)")
+    diagnose.add_argument("--split", choices=("test", "valid"), default="test", help="which targets (default: test)")
+    diagnose.add_argument("--untuned", action="store_true", help="measure the language model before tuning too, "
+                          "around the same projections")
+    diagnose.add_argument("--decoder-steps", type=int, default=60, metavar="N", help="training steps of the fresh "
+                          "decoders; 0 leaves them out (default: 60)")
+    diagnose.add_argument("--base", metavar="M", help="of a plain language model: hub id or folder of what it was "
+                          "before tuning")
+    diagnose.add_argument("--max-history", type=whole, default=20, metavar="N", help="of a plain language model: "
+                          "items that a prompt lists (default: 20)")
+    diagnose.add_argument("--seed", type=int, default=0, help="of the requests drawn and of the probes (default: 0)")
+    diagnose.add_argument("--output", metavar="FILE.json", help="write there, and nothing into the run's folder")
 
     recommend = add("recommend", "recommend", "list the next items for a user or a typed history",
                     'examples:\n  karma-fast recommend runs/demo --history "Toy Story, Aladdin" --explain\n'
@@ -181,6 +203,24 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                 "examples:\n  karma-fast check-data shop.yaml\n  karma-fast check-data --interactions clicks.csv "
                 f"--items items.csv --time_column ts\n\n{section_help(DataConfig)}", True)
     check.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    baselines = add("baselines", "baselines", "rank the held-out items with training-free scorers, a mix and SASRec",
+                    "examples:\n  karma-fast baselines shop.yaml\n  karma-fast baselines shop.yaml --unmasked --seeds "
+                    "0,1,2 --output baselines.json\n  karma-fast baselines --name ml-100k --no-sasrec\n  karma-fast "
+                    "baselines shop.yaml --sasrec.dim 128 --folder runs/sasrec\n\nAll that is fitted comes from the "
+                    "training part of the events; the mix's weights and SASRec's epoch are\nchosen on the validation "
+                    f"requests.\n\n{section_help(DataConfig)}", True)
+    baselines.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    masked = baselines.add_mutually_exclusive_group()
+    masked.add_argument("--masked", dest="masked", action="store_true", default=True,
+                        help="leave out what the user chose before the target (default)")
+    masked.add_argument("--unmasked", dest="masked", action="store_false", help="rank all items")
+    baselines.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
+    baselines.add_argument("--no-sasrec", action="store_true", help="only what needs no training")
+    baselines.add_argument("--seed", type=int, default=0, help="of requests drawn, search and SASRec (default: 0)")
+    baselines.add_argument("--seeds", metavar="0,1,2", help="train SASRec with each; its row is their mean")
+    baselines.add_argument("--folder", metavar="FOLDER", help="keep SASRec and its checkpoints there; the same "
+                           "command goes on from them")
+    baselines.add_argument("--output", metavar="FILE.json", help="write table, weights and protocol there")
     plan = add("plan", "plan", "predict the GPU memory of a training run, and find settings that fit",
                "examples:\n  karma-fast plan shop.yaml --gpu-memory 12GB\n  karma-fast plan --model qwen2.5-1.5b "
                "--gpu-memory 8GB --batch-size 4096\n  karma-fast plan --model qwen2.5-7b --batch-size 4096 "
@@ -196,9 +236,19 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                       help="query-target pairs that compete in a step on one GPU (training.batch_size)")
     plan.add_argument("--chunk-size", type=whole, metavar="WINDOWS",
                       help="read at once (training.chunk_size); default: the largest that fits is looked for")
+    select = add("select", "select", "choose training requests evenly over kinds of users and items, as RA-Rec does",
+                 "examples:\n  karma-fast select shop.yaml --share 0.06 --overlap --output chosen.csv\n\nTraining "
+                 "does the same with recipe: ra_rec and model.select_share, model.select_overlap.\n\n"
+                 f"{section_help(DataConfig)}", True)
+    select.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    select.add_argument("--share", type=float, default=1.0, help="of all requests that are to be kept (default: 1)")
+    select.add_argument("--overlap", action="store_true", help="only requests whose target's title shares a word with "
+                        "the history's")
+    select.add_argument("--draw-seed", type=int, default=0, help="of the draw (default: 0)")
+    select.add_argument("--output", metavar="FILE.csv", help="user, item and event number of each")
     doctor = add("doctor", "doctor", "show versions, hardware, caches, and how to install what is missing",
                  "example:\n  karma-fast doctor --json")
-    for command in (evaluate, recommend, check, plan, doctor):
+    for command in (evaluate, diagnose, recommend, check, plan, doctor):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return parser, made
 
@@ -225,7 +275,10 @@ def section_help(section: type) -> str:
 
 
 def settings_help() -> str:
-    return (f"{section_help(DataConfig)}\n\n{section_help(KarmaConfig)}\n\n"
+    from .recipes.ra_rec import Config as RaRecConfig
+
+    others = section_help(RaRecConfig).replace("model settings", "model settings with recipe: ra_rec")
+    return (f"{section_help(DataConfig)}\n\n{section_help(KarmaConfig)}\n\n{others}\n\n"
             "training settings: learning_rate projection_learning_rate per_device_train_batch_size num_train_epochs\n"
             "  max_steps warmup_steps save_steps logging_steps eval_strategy eval_steps eval_users share_steps seed\n"
             "  output_dir, and every other field of transformers' TrainingArguments.\n"

@@ -106,35 +106,65 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass
-class KarmaConfig(Section):
-    """The model and its losses; saved with the model.
+class ModelConfig(Section):
+    """What every recipe's model is told: its language model, and how it reads a request. Saved with the model."""
+
+    section = "model"
+    recipe = ""
+
+    backbone: str = "smollm2-135m-instruct"  # a hub id, a local folder, or a name from `karma-fast doctor`
+    quantization: Literal["4bit", "8bit", "none"] = "4bit"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    max_history: int = 20
+    max_query_tokens: int = 32
+    instruction: str = "The user chose, oldest first:"
+    id_dim: int = 128  # width of the ID vectors made from the training part; 0: none
+    init_scale: float = 1 / 0.07  # of the inner products in the loss
+    learnable_scale: bool = True
+    max_scale: float = 100.0
+    index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "max_history")
+        self.at_least(0, "id_dim", "max_query_tokens")
+        require(0 < self.init_scale <= self.max_scale,
+                f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
+
+    def at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value >= least, f"model.{name}: got {value}; at least {least} is needed" if least else
+                    f"model.{name}: got {value}; 0 or more is needed")
+
+    def to_json_string(self) -> str:
+        """JSON; transformers' TensorBoard callback asks a model's config for it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass
+class KarmaConfig(ModelConfig):
+    """The KARMA model and its losses.
 
     Loss: ``act_weight * L_act + decode_weight * (gen_weight * L_gen + rec_weight * L_rec + vis_weight * L_vis)``.
     A weight of 0 switches a term off, and its cost with it.
     """
 
-    section = "model"
+    recipe = "karma"
 
-    backbone: str = "smollm2-135m-instruct"  # a hub id, a local folder, or a name from `karma-fast doctor`
-    quantization: Literal["4bit", "8bit", "none"] = "4bit"
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    gradient_checkpointing: bool = False
 
     embedding_dim: int = 256  # width of u and e, the vectors that are indexed and served
     mid_features: int | None = None  # middle width of the soft-prompt projections; None: their input's width
     num_soft_tokens: int = 4  # K, soft tokens through which L_rec decodes an interest embedding
     positions: Literal["last", "all"] = "all"
-    max_history: int = 20
-    max_query_tokens: int = 32
+    history_shortcut: bool = True  # u also gets a learned mean of the latest items' embeddings, past the LLM
     max_text_tokens: int = 24  # of the target's text in L_gen and L_rec
-    instruction: str = "The user chose, oldest first:"
     item_instruction: str = ""  # put before an item's text when it is encoded to a vector
-    id_dim: int = 128  # width of the ID vectors made from the training part; 0: none
 
     act_weight: float = 1.0
     decode_weight: float = 0.1  # lambda
@@ -144,33 +174,20 @@ class KarmaConfig(Section):
     decoder_warmup_steps: int = 0  # of 64 items each before training: P_rec alone learns item embedding -> item text
     decode_positions: int = 1  # pairs per window that L_rec and L_vis look at with positions="all"
     decode_share: float = 1.0  # of the windows, those that L_gen, L_rec and L_vis look at; drawn once by seed
-    init_scale: float = 1 / 0.07
-    learnable_scale: bool = True
-    max_scale: float = 100.0
     log_q: bool = True
     symmetric: bool = False
-    index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
 
     def __post_init__(self) -> None:
-        for name in ("embedding_dim", "max_history", "max_text_tokens", "num_soft_tokens", "lora_rank"):
-            require(getattr(self, name) >= 1, f"model.{name}: got {getattr(self, name)}; at least 1 is needed")
-        for name in ("act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight", "id_dim",
-                     "decoder_warmup_steps"):
-            require(getattr(self, name) >= 0, f"model.{name}: got {getattr(self, name)}; 0 or more is needed")
+        super().__post_init__()
+        self.at_least(1, "embedding_dim", "max_text_tokens", "num_soft_tokens", "lora_rank", "decode_positions")
+        self.at_least(0, "act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight",
+                      "decoder_warmup_steps")
         require(self.act_weight > 0 or (self.decode_weight > 0 and max(self.gen_weight, self.rec_weight,
                 self.vis_weight) > 0), "model: every loss weight is 0; set at least one above 0")
         require(0 < self.decode_share <= 1,
                 f"model.decode_share: got {self.decode_share}; above 0 and at most 1 is needed")
-        require(self.decode_positions >= 1,
-                f"model.decode_positions: got {self.decode_positions}; at least 1 is needed")
-        require(0 < self.init_scale <= self.max_scale,
-                f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
         require(not (self.tuning == "full" and self.quantization != "none"),
                 "model.tuning: full tuning needs model.quantization none; 4-bit and 8-bit weights take lora or frozen")
-
-    def to_json_string(self) -> str:
-        """JSON; transformers' TensorBoard callback asks a model's config for it."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def weight(self, term: Literal["act", "gen", "rec", "vis"]) -> float:
         """The factor of a term in the total loss."""
@@ -211,22 +228,28 @@ class DataConfig(Section):
 
 @dataclass
 class RunConfig:
-    """Everything `karma-fast train` needs; ``training`` holds fields of `KarmaTrainingArguments`."""
+    """Everything `karma-fast train` needs; ``training`` holds fields of `KarmaTrainingArguments`.
+
+    The class of ``model`` is that of the recipe (`karma_fast.recipes`).
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: KarmaConfig = field(default_factory=KarmaConfig)
+    model: ModelConfig = field(default_factory=KarmaConfig)
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        from .recipes import recipe
+
         for key in values:
-            if key not in ("data", "model", "training"):
-                raise unknown_key("config", key, ("data", "model", "training"))
+            if key not in ("recipe", "data", "model", "training"):
+                raise unknown_key("config", key, ("recipe", "data", "model", "training"))
         for key, part in values.items():
-            if not isinstance(part, dict):
+            if key != "recipe" and not isinstance(part, dict):
                 raise ConfigError(f"config.{key}: got {part!r}; a section with settings is needed")
-        return cls(data=DataConfig.from_dict(values.get("data", {})),
-                   model=KarmaConfig.from_dict(values.get("model", {})), training=dict(values.get("training", {})))
+        model = recipe(values.get("recipe", KarmaConfig.recipe)).Config
+        return cls(data=DataConfig.from_dict(values.get("data", {})), model=model.from_dict(values.get("model", {})),
+                   training=dict(values.get("training", {})))
 
     @classmethod
     def load(cls, path: str | Path | None, overrides: dict[str, str] | None = None) -> RunConfig:
@@ -234,6 +257,8 @@ class RunConfig:
 
         A flag without a section goes to the one that knows it (data, model, else training).
         """
+        from .recipes import recipe
+
         values: dict[str, Any] = {}
         if path is not None:
             import yaml
@@ -249,10 +274,14 @@ class RunConfig:
             if not isinstance(values, dict):
                 raise ConfigError(f"{path}: needs sections data:, model: and training:, got {type(values).__name__}")
         values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
-        for flag, value in (overrides or {}).items():
+        overrides = dict(overrides or {})
+        if "recipe" in overrides:
+            values["recipe"] = overrides.pop("recipe")
+        model = recipe(values.get("recipe", KarmaConfig.recipe)).Config
+        for flag, value in overrides.items():
             section, _, name = flag.rpartition(".")
             if not section:
-                section = next((s.section for s in (DataConfig, KarmaConfig)
+                section = next((s.section for s in (DataConfig, model)
                                 if name in {f.name for f in dataclasses.fields(s)}), "training")
             part = values.setdefault(section, {})
             if isinstance(part, dict):
@@ -260,4 +289,5 @@ class RunConfig:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"data": self.data.to_dict(), "model": self.model.to_dict(), "training": dict(self.training)}
+        return {"recipe": self.model.recipe, "data": self.data.to_dict(), "model": self.model.to_dict(),
+                "training": dict(self.training)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .baselines import baseline_rows
 from .commands.common import draw, table
 from .config import RunConfig
 from .data import DataError, check, load_dataset
@@ -22,13 +23,13 @@ from .data.batches import KarmaCollator, request
 from .data.schema import Dataset
 from .evaluation import seen_before, target_ranks, top_k
 from .evaluation.attention import attention_map
-from .evaluation.baselines import baseline_rows
 from .evaluation.decoding import decoding_check
 from .evaluation.evaluate import encode_requests, evaluate_model, protocol
 from .evaluation.report import write_report
 from .evaluation.verdict import verdict
-from .model.karma import KarmaModel
+from .model.recommender import Recommender
 from .model.storage import versions, write_atomically
+from .recipes import recipe
 from .retrieval import ItemIndex
 from .run_setup import (
     Lines,
@@ -77,22 +78,23 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             raise DataError("the data has no test target, so nothing could be measured; see `karma-fast check-data`")
         shown = draw(positions, EXAMPLES, args.seed)
     config.model = fit_to_gpu(args, config.model, data, say)
+    model_class = recipe(config.model.recipe).model_class()
     say(f"loading {config.model.backbone} and encoding {len(data.items):,} items")
     with stage("model", stages):
-        model = KarmaModel.build(config.model, data.items, data.sequences, data.split, seed=args.seed,
-                                 device=args.device, progress=leader and not args.disable_tqdm)
+        model = model_class.build(config.model, data.items, data.sequences, data.split, seed=args.seed,
+                                  device=args.device, progress=leader and not args.disable_tqdm)
         trainer = KarmaTrainer(model, args, data, callbacks=[Lines()] if args.disable_tqdm else None)
     say("\n" + banner(trainer, data, folder))
-    rows: dict[str, dict[str, float]] = {}
+    rows, own = {}, config.model.recipe
     if leader:
         say(f"ranking {len(positions):,} test requests before training")
         with stage("baselines", stages):
             rows |= {BASELINES[name]: row for name, row in baseline_rows(data, positions).items()}
         with stage("untrained model", stages):
             before = encode_requests(model, data, positions)
-            rows["karma_untrained"] = evaluate_model(model, data, positions, users=before)
+            rows[f"{own}_untrained"] = evaluate_model(model, data, positions, users=before)
             labels, map_before = attention_of(model, data, shown[0])
-        say(f"  HR@10 {rows['karma_untrained']['HR@10']:.4f}; best of the baselines "
+        say(f"  HR@10 {rows[f'{own}_untrained']['HR@10']:.4f}; best of the baselines "
             f"{max(rows[name]['HR@10'] for name in BASELINES.values()):.4f}\n")
 
     with stage("training", stages):
@@ -111,12 +113,12 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     say(f"ranking {len(positions):,} test requests after training")
     with stage("evaluation", stages):
         after = encode_requests(model, data, positions)
-        rows["karma"] = evaluate_model(model, data, positions, users=after)
+        rows[own] = evaluate_model(model, data, positions, users=after)
         drawn = np.searchsorted(positions, draw(positions, DECODED, args.seed))
         decoding = decoding_check(model, after[drawn], data.sequences.items[positions[drawn]])
         examples = examples_of(model, data, shown, after[np.searchsorted(positions, shown)])
         _, map_after = attention_of(model, data, shown[0])
-    metrics = {"rows": rows, "protocol": protocol(data, positions, config.model.max_history),
+    metrics = {"recipe": own, "rows": rows, "protocol": protocol(data, positions, config.model.max_history),
                "requests": len(positions), "seed": args.seed,
                "steps": trainer.state.global_step, "command": command, "versions": versions(),
                "device": device_name(args.device), "decoding": decoding}
@@ -161,11 +163,11 @@ def checked_data(config: RunConfig, say: Callable[[str], None]) -> Dataset:
     return load_dataset(config.data)
 
 
-def attention_of(model: KarmaModel, data: Dataset, position: int) -> tuple[list[str], np.ndarray]:
+def attention_of(model: Recommender, data: Dataset, position: int) -> tuple[list[str], np.ndarray]:
     return attention_map(model, *request(data.sequences, position, model.config.max_history))
 
 
-def examples_of(model: KarmaModel, data: Dataset, positions: np.ndarray, u) -> list[dict[str, Any]]:
+def examples_of(model: Recommender, data: Dataset, positions: np.ndarray, u) -> list[dict[str, Any]]:
     """What examples.json holds: requests with history, target, the five best items and the decoded embedding."""
     items, sequences, vectors = data.items, data.sequences, model.encode_items()
     targets, seen = sequences.items[positions].astype(np.int64), seen_before(sequences, positions)
@@ -191,7 +193,8 @@ def name_of_item(items, index: int) -> str:
 
 def summary(metrics: dict[str, Any], examples: list[dict[str, Any]], num_items: int) -> str:
     """The end of a run for the terminal: table, protocol, who wins, some users."""
-    lines = ["", table(metrics["rows"]), "", metrics["protocol"], "", *verdict(metrics["rows"], metrics["requests"])]
+    lines = ["", table(metrics["rows"]), "", metrics["protocol"], "",
+             *verdict(metrics["rows"], metrics["requests"], metrics["recipe"])]
     if metrics["decoding"]:
         found = metrics["decoding"]
         lines.append(f"Decoding: a held-out target's text costs {found['matched_loss']:.3f} nats a token given its "

@@ -18,13 +18,13 @@ from transformers import TrainerCallback
 
 from . import __version__
 from .commands.common import cpu_name
-from .config import ConfigError, KarmaConfig, RunConfig, convert, unknown_key
+from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
 from .data.windows import training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
 from .step import OutOfMemory
-from .trainer import KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
+from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
@@ -74,8 +74,8 @@ def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArgument
         raise ConfigError(f"training: {error}") from error
 
 
-def fit_to_gpu(args: KarmaTrainingArguments, config: KarmaConfig, data: Dataset, say: Callable[[str], None],
-               budget: int | None = None) -> KarmaConfig:
+def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset, say: Callable[[str], None],
+               budget: int | None = None) -> ModelConfig:
     """Resolves ``chunk_size: auto``: the largest chunk predicted to fit, and checkpointing if it must be.
 
     budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once.
@@ -88,11 +88,14 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: KarmaConfig, data: Dataset,
     args.chunk_size = None
     if args.device.type != "cuda" and budget is None:
         return config
+    if config.recipe != "karma":  # its step is not simulated
+        args.chunk_size = UNPLANNED_CHUNK
+        return config
     if budget is None:
         free, total = torch.cuda.mem_get_info(args.device)
         budget = min(total, free + CUDA_CONTEXT)  # asking has made the context, which a plan counts too
     starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
-    windows = windows_of_a_step(args, config, starts, ends)
+    windows = windows_of_a_step(args, config.positions, starts, ends)
     plan = propose(config, budget, windows, data=data, optimiser=args.optim.value)
     args.chunk_size = plan.chunk_size
     if not plan.fits(budget):
@@ -116,6 +119,9 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         setattr(config.data, name, str(Path(path).resolve()) if path else "")
     if exists and resume and (folder / "config.yaml").exists():
         before, now = RunConfig.load(folder / "config.yaml").to_dict(), config.to_dict()
+        if before["recipe"] != now["recipe"]:
+            raise ConfigError(f"recipe: {folder} was started with {before['recipe']} and cannot go on with "
+                              f"{now['recipe']}; set it back, or start anew with --overwrite")
         for section in ("data", "model"):
             for key, value in now[section].items():
                 if before[section][key] != value and key not in MEMORY_ONLY:
@@ -131,7 +137,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
 
 
 @contextlib.contextmanager
-def explain_memory(args: KarmaTrainingArguments, config: KarmaConfig, folder: Path) -> Iterator[None]:
+def explain_memory(args: KarmaTrainingArguments, config: ModelConfig, folder: Path) -> Iterator[None]:
     """Adds to a report of running out of memory which setting to lower, and to what."""
     try:
         yield
@@ -145,15 +151,17 @@ def explain_memory(args: KarmaTrainingArguments, config: KarmaConfig, folder: Pa
         raise MemoryError(f"out of memory in {PARTS[error.part]}: {error}; {what}{resume}") from error
 
 
+UNPLANNED_CHUNK = 32  # prompts at once on a GPU, of a recipe whose memory is not predicted
 PARTS = {"prompts": "the language model's pass over the prompts", "contrastive": "the contrastive loss",
          "reconstruction": "the decoder's pass over the target texts", "optimiser": "the optimiser's step",
          "evaluation": "the evaluation during training", "checkpoint": "writing a checkpoint"}
 
 
-def advice(part: str, args: KarmaTrainingArguments, config: KarmaConfig) -> tuple[str, bool]:
+def advice(part: str, args: KarmaTrainingArguments, config: ModelConfig) -> tuple[str, bool]:
     """What to set after a part did not fit, and whether a run may go on with it.
 
     >>> args = KarmaTrainingArguments(per_device_train_batch_size=64, chunk_size=16, use_cpu=True)
+    >>> from karma_fast.config import KarmaConfig
     >>> advice("prompts", args, KarmaConfig(gradient_checkpointing=True))
     ('set training.chunk_size to 8 (now 16; the gradients stay the same)', True)
     """
@@ -172,7 +180,7 @@ def advice(part: str, args: KarmaTrainingArguments, config: KarmaConfig) -> tupl
             steps.append("set model.gradient_checkpointing to true")
     if steps:
         return ", or ".join(steps), True
-    if part == "optimiser":
+    if part == "optimiser" and config.tuning == "lora":
         return f"set model.lora_rank below {config.lora_rank}", False
     return (f"set model.max_history below {config.max_history} or model.max_text_tokens below "
             f"{config.max_text_tokens}"), False
@@ -185,7 +193,7 @@ class Lines(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            parts = " ".join(f"{n} {logs[n]:.3f}" for n in ("loss", "act", "gen", "rec", "vis") if n in logs)
+            parts = " ".join(f"{n} {logs[n]:.3f}" for n in LOSSES if n in logs)
             print(f"step {state.global_step}/{state.max_steps}: {parts}, {logs['tokens_per_second']:.0f} tokens/s, "
                   f"{logs['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
         elif "eval_HR@10" in logs:
@@ -242,6 +250,8 @@ def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
     from .planning import plan_memory
 
     args, model = trainer.args, trainer.model
+    if model.config.recipe != "karma":
+        return "not predicted for this recipe"
     try:
         with torch.random.fork_rng([]):  # a run must not depend on its prediction
             plan = plan_memory(model.config, batch_size=args.train_batch_size, chunk_size=args.chunk_size,

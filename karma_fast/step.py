@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .data.batches import KarmaBatch
-from .losses import LossParts
+from .losses import Terms
 from .model.backbone import causal_lm
-from .model.karma import KarmaModel
+from .model.recommender import Recommender
 
 
 class OutOfMemory(MemoryError):
@@ -41,15 +40,15 @@ class StepResult:
     weights of the language model; the latter only if asked for.
     """
 
-    parts: LossParts
+    parts: Terms
     norms_u: dict[str, Tensor] = field(default_factory=dict)
     norms_llm: dict[str, Tensor] = field(default_factory=dict)
 
 
-def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_norms: bool = False) -> StepResult:
+def backward(model: Recommender, batch, *, scale: float = 1.0, llm_norms: bool = False) -> StepResult:
     """Adds ``scale`` times the gradient of the batch's loss to ``.grad`` of the model's weights.
 
-    The same gradients as ``(scale * model(batch).loss).backward()``, with only one of ``batch.prompts`` and one of
+    The gradients that the loss of the whole batch has, with only one of ``batch.prompts`` and one of
     ``batch.decode`` in memory at a time. Of C chunks of prompts C - 1 are read twice, so one alone costs nothing more.
 
     With dropout in the language model, the second pass over a chunk draws what its first drew. Without it, the first
@@ -65,7 +64,7 @@ def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_no
     """
     replay = len(batch.prompts) > 1 and draws_dropout(model.backbone)
     gradients = Gradients(model, llm_norms)
-    parts = LossParts()
+    parts = model.loss.parts()
     states, read = [], []
     for chunk in batch.prompts[:-1]:
         with within("prompts"), torch.no_grad():
@@ -79,16 +78,16 @@ def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_no
     u = torch.cat([*read, kept[0].detach()]).requires_grad_()
     sizes = [len(x) for x in read] + [len(kept[0])]
     at_u: dict[str, Tensor] = {}
-    for name, loss_of in embedding_losses(model, u, batch):
-        with within("contrastive" if name == "act" else "reconstruction"):
+    for name, loss_of in model.embedding_losses(u, batch):
+        with within("reconstruction" if name in ("rec", "vis") else "contrastive"):
             loss = loss_of()
             (found,) = gradients.add(name, [loss], [torch.full_like(loss, scale * model.loss.weights[name])], [u])
-            at_u[name] = at_u[name] + found if name in at_u else found
+            if found is not None:  # a loss of the injected vectors alone has no gradient there
+                at_u[name] = at_u[name] + found if name in at_u else found
             add_to(parts, name, loss.detach())
             del loss
     by_chunk = {name: g.split(sizes) for name, g in at_u.items()}
 
-    gen_weight = scale * model.loss.weights["gen"] / batch.num_texts
     for at in reversed(range(len(batch.prompts))):
         with within("prompts"):
             if kept is None:
@@ -97,25 +96,15 @@ def backward(model: KarmaModel, batch: KarmaBatch, *, scale: float = 1.0, llm_no
             (chunk_u, gen), kept = kept, None
             terms = {name: ([chunk_u], [g[at]]) for name, g in by_chunk.items()}
             if model.loss.wants("gen"):
-                terms["gen"] = [gen], [torch.full_like(gen, gen_weight)]
+                weight = scale * model.loss.weights["gen"] / batch.num_texts
+                terms["gen"] = [gen], [torch.full_like(gen, weight)]
                 add_to(parts, "gen", gen.detach() / batch.num_texts)
             gradients.add_all(terms)
             del chunk_u, gen, terms
     return StepResult(parts, {name: g.norm() for name, g in at_u.items()}, gradients.norms())
 
 
-def embedding_losses(model: KarmaModel, u: Tensor, batch: KarmaBatch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(term, its loss) of what depends on u alone; L_rec in parts that add up to it."""
-    if model.loss.wants("act"):
-        yield "act", lambda: model.contrastive_loss(u, batch)
-    if model.loss.wants("rec"):
-        for chunk in batch.decode:
-            yield "rec", lambda c=chunk: model.reconstruction_loss(u[c.pairs], c) / model.num_decoded(batch)
-    if model.wants_images(batch):
-        yield "vis", lambda: model.image_loss(u, batch)
-
-
-def add_to(parts: LossParts, name: str, value: Tensor) -> None:
+def add_to(parts: Terms, name: str, value: Tensor) -> None:
     before = getattr(parts, name)
     setattr(parts, name, value if before is None else before + value)
 
@@ -123,7 +112,7 @@ def add_to(parts: LossParts, name: str, value: Tensor) -> None:
 class Gradients:
     """Adds up gradients of the model's weights; if asked, also each term's alone for the language model."""
 
-    def __init__(self, model: KarmaModel, by_term: bool) -> None:
+    def __init__(self, model: Recommender, by_term: bool) -> None:
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.by_term = by_term
         llm = {id(p) for p in model.backbone.parameters()}

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -24,16 +24,14 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .config import KarmaConfig
 from .data.batches import log_sampling_probability
 from .data.schema import Dataset
-from .data.windows import training_windows
 from .evaluation.evaluate import evaluate_model
-from .losses import LossParts
-from .model.karma import KarmaModel
+from .model.recommender import Recommender
 from .processes import average_gradients
 from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
+LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
 
@@ -114,17 +112,23 @@ def shares(norms: dict[str, Tensor]) -> dict[str, float]:
     return {name: value / total for name, value in values.items()} if total > 0 else {}
 
 
-def windows_of_a_step(args: KarmaTrainingArguments, config: KarmaConfig, starts: np.ndarray, ends: np.ndarray) -> int:
-    """Windows that a process takes in a step: with ``batch_size``, so that there are about so many pairs in all.
-
-    >>> args = KarmaTrainingArguments(batch_size=95, use_cpu=True)
-    >>> windows_of_a_step(args, KarmaConfig(positions="all"), np.arange(9) * 19, np.arange(9) * 19 + 20)
-    5
-    """
+def windows_of_a_step(args: KarmaTrainingArguments, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
+    """Windows that a process takes in a step."""
     if args.batch_size is None:
         return args.per_device_train_batch_size
-    pairs = float((ends - starts - 1).mean()) if config.positions == "all" else 1.0
-    return max(1, min(len(ends), round(args.batch_size / pairs / args.world_size)))
+    return windows_of_pairs(args.batch_size / args.world_size, positions, starts, ends)
+
+
+def windows_of_pairs(pairs: float, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
+    """How many of the windows hold about so many query-target pairs.
+
+    positions: whether "all" items of a window, or its "last" alone, are targets.
+
+    >>> windows_of_pairs(95, "all", np.arange(9) * 19, np.arange(9) * 19 + 20)
+    5
+    """
+    in_one = float((ends - starts - 1).mean()) if positions == "all" else 1.0
+    return max(1, min(len(ends), round(pairs / in_one)))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -141,7 +145,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 class KarmaTrainer(Trainer):
-    """Trains a `KarmaModel` on a dataset's training part.
+    """Trains a recipe's model, such as a `KarmaModel`, on a dataset's training part.
 
     Args:
         model: from `KarmaModel.build`. args: settings. data: from `karma_fast.load_dataset`.
@@ -151,19 +155,18 @@ class KarmaTrainer(Trainer):
     saves one after the current step; a second Ctrl-C stops at once.
     """
 
-    def __init__(self, model: KarmaModel, args: KarmaTrainingArguments, data: Dataset, callbacks=None) -> None:
-        config = model.config
-        starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
+    def __init__(self, model: Recommender, args: KarmaTrainingArguments, data: Dataset, callbacks=None) -> None:
+        if args.chunk_size == "auto":
+            raise ValueError("chunk_size: got 'auto', which `karma-fast train` resolves; here take a number, such as "
+                             "karma_fast.planning.propose(...).chunk_size")
+        starts, ends = model.training_windows(data.sequences, data.split)
         if not len(starts):
             raise ValueError("no user has two events in the training part, so there is nothing to train on")
         if args.n_gpu > 1:
             warnings.warn(f"{args.n_gpu} GPUs are visible and one is used; torchrun --nproc-per-node {args.n_gpu} "
                           "starts a process for each", stacklevel=2)
             args._n_gpu = 1
-        if args.chunk_size == "auto":
-            raise ValueError("chunk_size: got 'auto', which `karma-fast train` resolves; here take a number, such as "
-                             "karma_fast.planning.propose(...).chunk_size")
-        args.per_device_train_batch_size = windows_of_a_step(args, config, starts, ends)
+        args.per_device_train_batch_size = windows_of_a_step(args, model.config.positions, starts, ends)
         log_q = log_sampling_probability(data.sequences, data.split, len(data.items))
         collator = model.collator(data.sequences, log_q, seed=args.seed, chunk_size=args.chunk_size)
         super().__init__(model, args, data_collator=collator,
@@ -175,7 +178,7 @@ class KarmaTrainer(Trainer):
         self.eval_positions = valid
         self.interrupted = False
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("DeepSpeed and FSDP cannot train a KarmaModel; several processes each hold the whole "
+            raise ValueError("DeepSpeed and FSDP cannot train this model; several processes each hold the whole "
                              "(4-bit) model, as with torchrun")
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.doing = "prompts"  # what runs out of memory, where `backward` does not say it
@@ -237,7 +240,7 @@ class KarmaTrainer(Trainer):
             tokens = self._sums.pop("tokens")
             parts = self._means(batches)
             now = time.perf_counter()
-            logs |= parts | {"scale": float(self.model.loss.contrastive.scale.detach()),
+            logs |= parts | {"scale": float(self.model.loss.scale.detach()),
                              "tokens_per_second": tokens / (now - self._since),
                              "peak_memory_bytes": peak_memory_bytes(self.model.device)}
             for where, norms in self._norms.items():
@@ -255,8 +258,8 @@ class KarmaTrainer(Trainer):
 
     def _means(self, batches: int) -> dict[str, float]:
         """The loss parts since the last log, averaged over batches and processes."""
-        names = [name for name in vars(LossParts()) if self.model.loss.wants(name)
-                 and (name != "vis" or self.model.image_head is not None)]
+        names = [term.name for term in fields(self.model.loss.parts) if self.model.loss.wants(term.name)
+                 and (term.name != "vis" or self.model.image_head is not None)]
         sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device) for name in names])
         means = self.accelerator.gather(sums[None].float()).mean(dim=0) / batches
         return dict(zip(names, means.tolist(), strict=True))
@@ -380,7 +383,7 @@ class _Hooks(TrainerCallback):
         self.trainer.doing = "optimiser"
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.model.loss.contrastive.clamp_()
+        self.trainer.model.loss.clamp_()
         self.trainer.doing = "prompts"
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -416,7 +419,7 @@ class _Bar(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            shown = {k: f"{logs[k]:.3f}" for k in ("loss", "act", "gen", "rec", "vis") if k in logs}
+            shown = {k: f"{logs[k]:.3f}" for k in LOSSES if k in logs}
             shown |= {"tok/s": f"{logs['tokens_per_second']:.0f}", "GB": f"{logs['peak_memory_bytes'] / 1e9:.1f}"}
             self.bar.set_postfix(shown)
         elif "eval_HR@10" in logs:

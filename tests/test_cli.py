@@ -100,7 +100,8 @@ def test_plan_says_what_fits(tmp_path):
 def test_help_names_commands_settings_and_exit_codes(tmp_path):
     out, _ = karma("--help", folder=tmp_path)
     commands = build_parser()[1]
-    assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "plan", "doctor"}
+    assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "plan", "doctor",
+                             "baselines", "diagnose", "select"}
     assert all(name in out for name in commands) and "130" in out
     text = commands["train"].format_help()
     assert "decode_weight=0.1" in text and "projection_learning_rate" in text and "user_column" in text

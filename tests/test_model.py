@@ -55,7 +55,8 @@ def reached(model: KarmaModel, loss: torch.Tensor) -> dict[str, bool]:
     model.zero_grad()
     loss.backward()
     groups = {"lora": "lora_", "P_in": "history_projection", "W_o": "interest_projection", "W_e": "item_projection",
-              "P_rec": "decode_projection", "g": "image_head", "emb": "emb_token", "scale": "log_scale"}
+              "P_rec": "decode_projection", "g": "image_head", "emb": "emb_token", "scale": "log_scale",
+              "shortcut": "shortcut", "ages": "age_logits"}
     out = {}
     for group, part in groups.items():
         grads = [p.grad for n, p in model.named_parameters() if part in n]
@@ -70,14 +71,17 @@ def test_each_loss_reaches_exactly_its_parameters(tiny_config, tiny_data, tmp_pa
     model = build(tiny_config, tiny_data, tmp_path, with_images(tiny_data.items), gradient_checkpointing=checkpointing)
     model.train()
     output = model(batch_of(model, tiny_data))
-    base = {"lora": True, "P_in": True, "W_o": True, "W_e": False, "P_rec": False, "g": False, "emb": True,
-            "scale": False}
-    expected = {"act": base | {"W_e": True, "scale": True},
-                "gen": base | {"W_o": False},
+    base = {"lora": True, "P_in": True, "W_o": True, "W_e": True, "P_rec": False, "g": False, "emb": True,
+            "scale": False, "shortcut": True, "ages": True}
+    expected = {"act": base | {"scale": True},
+                "gen": base | {"W_o": False, "W_e": False, "shortcut": False, "ages": False},
                 "rec": base | {"P_rec": True},
                 "vis": base | {"g": True}}
     parts = output.parts.present()
     assert set(parts) == set(expected)
+    without = build(tiny_config, tiny_data, tmp_path, history_shortcut=False, gradient_checkpointing=checkpointing)
+    found = reached(without, without(batch_of(without, tiny_data)).parts.rec)
+    assert not found["W_e"] and found["W_o"] and not hasattr(without, "shortcut")
     for name in expected:
         fresh = model(batch_of(model, tiny_data)).parts.present()[name]
         assert reached(model, fresh) == expected[name], name
@@ -102,7 +106,19 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
         states.append(lm.base_model(inputs_embeds=inputs[None]).last_hidden_state[0])
         emb = slots.tolist().index(-2)
         gen.append(cross_entropy(lm.lm_head(states[-1][emb:-1]), ids[emb + 1:]))
-    u = torch.nn.functional.normalize(model.interest_projection(torch.cat(states)[chunk.pairs]), dim=-1)
+    means, start = {}, 0
+    for slots in sequences_of(chunk.tokens, chunk.tokens.slots):
+        seen = []
+        for place, slot in enumerate(slots[0].tolist(), start):
+            if slot >= 0:
+                seen.insert(0, model.item_embeddings(chunk.history_items[slot:slot + 1])[0])
+            if seen:
+                ages = model.age_logits.softmax(0)[:len(seen)]
+                means[place] = sum(w * e for w, e in zip(ages / ages.sum(), seen, strict=False))
+        start += len(slots[0])
+    means = torch.stack([means[place] for place in chunk.pairs.tolist()])
+    u = torch.nn.functional.normalize(model.interest_projection(torch.cat(states)[chunk.pairs])
+                                      + model.shortcut * means, dim=-1)
     e = model.item_embeddings(batch.keys)
     logits = u @ e.T * model.loss.contrastive.scale - batch.log_q
     repeats = (batch.keys[:len(u), None] == batch.keys) & ~torch.eye(len(u), len(e), dtype=torch.bool)
@@ -123,7 +139,7 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_and_all_gradients_equal_the_plain_step(tiny_config, tiny_data, tmp_path, checkpointing, monkeypatch):
-    monkeypatch.setattr("karma_fast.model.karma.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.recommender.compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
     model = build(tiny_config, tiny_data, tmp_path, gradient_checkpointing=checkpointing, decode_weight=1.0)
     assert causal_lm(model.backbone).config._attn_implementation == PACKED
@@ -278,7 +294,7 @@ def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):
 
 
 def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
-    with pytest.raises(ConfigError, match="holds no saved KarmaModel"):
+    with pytest.raises(ConfigError, match="holds no saved model"):
         KarmaModel.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         build(tiny_config, tiny_data, tmp_path, backbone=str(tmp_path / "nothing"))

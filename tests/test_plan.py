@@ -258,6 +258,23 @@ def test_command(backbone, capsys):
     assert "does not fit" in text and "model.max_history" in text and "assumed" in text
 
 
+def test_command_counts_windows_as_training_does(backbone, tiny_dataset, tiny_data, tmp_path, capsys):
+    import yaml
+
+    from karma_fast.data import training_windows
+    from karma_fast.trainer import KarmaTrainingArguments, windows_of_a_step
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"data": tiny_dataset.to_dict()}), encoding="utf-8")
+    overrides = {"quantization": "none", "max_history": "4"}
+    assert main(arguments(config=str(path), overrides=overrides, model=backbone, batch_size=40, gpu_memory="4GB")) == 0
+    windows = training_windows(tiny_data.sequences, tiny_data.split, 4, "all")
+    training = KarmaTrainingArguments(batch_size=40, use_cpu=True)
+    assert json.loads(capsys.readouterr().out)["batch_size"] == windows_of_a_step(training, "all", *windows) > 40 / 4
+    with pytest.raises(ConfigError, match="karma alone"):
+        main(arguments(overrides={"recipe": "ra_rec"}))
+
+
 def test_command_refuses_what_it_cannot_read(tmp_path):
     with pytest.raises(ConfigError, match="12GB"):
         gpu_memory("a lot")

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from karma_fast.config import KarmaConfig
+from karma_fast.data.batches import LATEST
 
 NO_TEXT = -100  # label of a position that predicts no token of a text; cross_entropy leaves it out
 
@@ -139,6 +140,8 @@ class UsualModel(nn.Module):
         self.interest_projection = nn.Linear(hidden, config.embedding_dim, bias=False)
         self.emb_token = nn.Parameter(torch.zeros(hidden))
         self.log_scale = nn.Parameter(torch.zeros(()))
+        if config.history_shortcut:
+            self.shortcut, self.age_logits = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(LATEST))
         if config.weight("rec") > 0:
             self.decode_projection = ItemProjection(config.embedding_dim, config.mid_features or config.embedding_dim,
                                                     hidden, config.num_soft_tokens)
@@ -160,7 +163,10 @@ class UsualModel(nn.Module):
             if config.positions == "all":  # every item but the last is a query too
                 queries.append(state[len(head):emb - 1])
             queries.append(state[emb:emb + 1])
-        u = F.normalize(self.interest_projection(torch.cat(queries).float()), dim=-1)
+        u = self.interest_projection(torch.cat(queries).float())
+        if config.history_shortcut:
+            u = u + self.shortcut * torch.cat([self.latest_mean(history) for history in histories])
+        u = F.normalize(u, dim=-1)
         parts = {}
         if config.weight("act") > 0:
             parts["act"] = self.contrastive(u, keys, num_pairs, log_q)
@@ -174,6 +180,16 @@ class UsualModel(nn.Module):
             distance = (self.image_head(u[decode_pairs]) - self.features.image[targets]).square().sum(dim=-1)
             parts["vis"] = (distance * self.features.image_present[targets]).sum() / num_decoded
         return {"loss": sum(config.weight(name) * value for name, value in parts.items()), **parts}
+
+    def latest_mean(self, history: Tensor) -> Tensor:
+        """(H,) items -> a mean of the latest items' embeddings for each query of the window."""
+        if not len(history):
+            return self.shortcut.new_zeros(1, self.config.embedding_dim)
+        e = F.normalize(self.item_projection(self.features(history)), dim=-1)
+        age = torch.arange(len(e), device=e.device)[:, None] - torch.arange(len(e), device=e.device)
+        weights = torch.where((age >= 0) & (age < LATEST), self.age_logits.exp()[age.clamp(0, LATEST - 1)], 0)
+        means = (weights / weights.sum(dim=1, keepdim=True)) @ e
+        return means if self.config.positions == "all" else means[-1:]
 
     def prompts(self, heads: list[Tensor], histories: list[Tensor], texts: list[Tensor]
                 ) -> tuple[list[Tensor], list[Tensor]]:

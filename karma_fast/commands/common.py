@@ -17,7 +17,7 @@ from ..config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from ..data import Dataset
-    from ..model.karma import KarmaModel
+    from ..model.recommender import Recommender
 
 
 def quiet() -> None:
@@ -46,12 +46,12 @@ def model_folder(path: str) -> Path:
     raise FileNotFoundError(f"{path}: no model there; give a run's folder, such as runs/demo, or a saved model's")
 
 
-def load_model(path: str) -> tuple[KarmaModel, Path]:
+def load_model(path: str) -> tuple[Recommender, Path]:
     folder = model_folder(path)
     quiet()
-    from ..model.karma import KarmaModel
+    from ..recipes import load_model as load
 
-    return KarmaModel.from_pretrained(folder), folder
+    return load(folder), folder
 
 
 def load_data(data: str | None, folder: Path) -> Dataset:
@@ -64,7 +64,7 @@ def load_data(data: str | None, folder: Path) -> Dataset:
     return load_dataset(RunConfig.load(path).data)
 
 
-def fit_to(model: KarmaModel, data: Dataset) -> Dataset:
+def fit_to(model: Recommender, data: Dataset) -> Dataset:
     """The same data with its items counted as the model counts them; DataError if it has items the model lacks."""
     from ..data import DataError, Dataset, Sequences
 

@@ -12,8 +12,8 @@ from .common import COLUMNS, draw, fit_to, load_data, load_model, table
 def main(args: argparse.Namespace) -> int:
     model, folder = load_model(args.model)
     data = fit_to(model, load_data(args.data, folder))
+    from ..baselines import baseline_rows
     from ..data import DataError
-    from ..evaluation.baselines import baseline_rows
     from ..evaluation.evaluate import evaluate_model, protocol
     from ..evaluation.verdict import key_of, verdict
 
@@ -24,12 +24,13 @@ def main(args: argparse.Namespace) -> int:
     if args.baselines:
         names = {"itemknn": "item_knn", "titletfidf": "title_tfidf"}
         rows = {names.get(key_of(name), name): row for name, row in baseline_rows(data, positions).items()}
-    rows["karma"] = evaluate_model(model, data, positions, progress=sys.stderr.isatty())
+    own = model.config.recipe
+    rows[own] = evaluate_model(model, data, positions, progress=sys.stderr.isatty())
     line = protocol(data, positions, model.config.max_history)
     if args.json:
         print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions)}, indent=1))
         return 0
     print(f"{table(rows, (*COLUMNS, 'AUC', 'tie_share'))}\n\n{args.split}: {line}")
     if args.baselines:
-        print("\n" + "\n".join(verdict(rows, len(positions))))
+        print("\n" + "\n".join(verdict(rows, len(positions), own)))
     return 0

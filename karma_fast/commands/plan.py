@@ -12,6 +12,7 @@ from ..config import ConfigError, RunConfig
 from .common import load_config, quiet
 
 if TYPE_CHECKING:
+    from ..data import Dataset
     from ..planning import MemoryPlan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
@@ -20,6 +21,8 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    if config.model.recipe != "karma":
+        raise ConfigError(f"recipe: got {config.model.recipe}; plan knows the steps of karma alone")
     if args.model:
         config.model = dataclasses.replace(config.model, backbone=args.model)
     budget = gpu_memory(args.gpu_memory)
@@ -27,13 +30,13 @@ def main(args: argparse.Namespace) -> int:
     from ..planning import plan_memory, propose
 
     config.training |= {"batch_size": args.batch_size} if args.batch_size else {}
-    batch_size, chunk_size, optimiser = step_settings(config)
-    chunk_size = args.chunk_size or chunk_size
     data = None
     if config.data.interactions or config.data.name:
         from ..data import load_dataset
 
         data = load_dataset(config.data)
+    batch_size, chunk_size, optimiser = step_settings(config, data)
+    chunk_size = args.chunk_size or chunk_size
     if budget is None or chunk_size is not None:
         plan = plan_memory(config.model, batch_size=batch_size, chunk_size=chunk_size, data=data, optimiser=optimiser)
     else:
@@ -46,16 +49,24 @@ def main(args: argparse.Namespace) -> int:
     return 1 if fits is False else 0
 
 
-def step_settings(config: RunConfig) -> tuple[int, int | None, str]:
-    """(windows of a step on one device, windows at once, optimiser) of the training section."""
+def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | None, str]:
+    """(windows of a step on one device, windows at once, optimiser) of the training section.
+
+    Without data every window is taken to be as long as it may be.
+    """
+    from ..data import training_windows
     from ..run_setup import training_settings
-    from ..trainer import KarmaTrainingArguments
+    from ..trainer import KarmaTrainingArguments, windows_of_pairs
 
     defaults = {field.name: field.default for field in dataclasses.fields(KarmaTrainingArguments)}
     settings = defaults | training_settings(config.training)
     windows = settings["per_device_train_batch_size"]
-    if settings.get("batch_size"):  # pairs
-        windows = -(-settings["batch_size"] // (config.model.max_history if config.model.positions == "all" else 1))
+    model = config.model
+    if settings.get("batch_size") and data is not None:
+        windows = windows_of_pairs(settings["batch_size"], model.positions, *training_windows(
+            data.sequences, data.split, model.max_history, model.positions))
+    elif settings.get("batch_size"):
+        windows = -(-settings["batch_size"] // (model.max_history if model.positions == "all" else 1))
     chunk = settings["chunk_size"]
     return windows, None if chunk == "auto" else chunk, str(getattr(settings["optim"], "value", settings["optim"]))
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..config import ConfigError, KarmaConfig
 from .packing import EMB, TEXT, OfTensors, Packed, TextTargets, spans
-from .schema import Sequences, Split
+from .schema import Items, Sequences, Split
 
+LATEST = 10  # items of a history that the mean of the latest ones looks at
+TITLE_WIDTH = 24  # of an item in a prompt's labels
 QUERY_TEMPLATE = " Now the user searches for: {}."
 
 
@@ -29,6 +31,7 @@ class PromptChunk(OfTensors):
     history_items: Tensor  # (R,) distinct catalogue indices
     emb: Tensor  # (B,) places of [EMB] in the stream
     pairs: Tensor  # (P,) places in the stream where the query of each pair is read
+    latest: Tensor  # (P, LATEST) rows of history_items that each query has seen, the newest first; -1 for none
     texts: TextTargets
     bare: PromptChunk | None = None  # the same without the texts, for a pass that only wants the pairs' queries
 
@@ -42,8 +45,20 @@ class DecodeChunk(OfTensors):
     texts: TextTargets
 
 
+class StepBatch(OfTensors):
+    """Mixed into a recipe's batch: what transformers' Trainer asks of one. ``prompts``: its chunks."""
+
+    def __contains__(self, name: str) -> bool:
+        return any(name == f.name for f in dataclasses.fields(self))
+
+    def __getitem__(self, name: str):
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
 @dataclass
-class KarmaBatch(OfTensors):
+class KarmaBatch(StepBatch):
     """The prompts of a step in chunks, its P query-target pairs and N >= P keys. Index tensors are int64."""
 
     prompts: list[PromptChunk]  # the pairs of all of them, one chunk after the other, are the batch's
@@ -55,15 +70,6 @@ class KarmaBatch(OfTensors):
     decode: list[DecodeChunk]  # their target texts, for L_rec
     num_texts: float  # windows that the text losses look at, in expectation: the divisor of their sums
     num_tokens: int  # read by the language model; on the host, so that logging needs no sync
-
-    # transformers' Trainer asks these of a batch
-    def __contains__(self, name: str) -> bool:
-        return any(name == f.name for f in dataclasses.fields(self))
-
-    def __getitem__(self, name: str):
-        if name not in self:
-            raise KeyError(name)
-        return getattr(self, name)
 
     def __len__(self) -> int:
         return sum(len(chunk.emb) for chunk in self.prompts)
@@ -86,6 +92,10 @@ class Prompts:
         self._text_lengths = np.array([len(t) for t in self.texts], dtype=np.int64)
         self._text_starts = np.cumsum(self._text_lengths) - self._text_lengths
         self._text_tokens = np.fromiter((i for t in self.texts for i in t), np.int64, int(self._text_lengths.sum()))
+
+    def length(self, history: np.ndarray) -> int:
+        """Tokens of a prompt without its query and text."""
+        return len(self.instruction) + len(history) + 1
 
     def query_ids(self, query: str) -> list[int]:
         if not query:
@@ -123,7 +133,23 @@ class Prompts:
         slots[emb] = EMB
         emb_places = torch.from_numpy(emb)
         return PromptChunk(Packed.of(lengths, token_ids, slots), torch.from_numpy(items), emb_places, emb_places,
-                           text_targets(emb, text, text_tokens))
+                           latest_rows(slots, emb - 1, seen), text_targets(emb, text, text_tokens))
+
+    def labels(self, history: np.ndarray, query: str, items: Items) -> list[str]:
+        """A name for each position of a request's prompt; long titles are cut.
+
+        >>> from types import SimpleNamespace as Fake
+        >>> prompts = Fake(instruction=[7, 8], query_ids=lambda query: [], config=Fake(max_history=20),
+        ...                tokenizer=Fake(decode=lambda ids: {7: "Chosen", 8: ":"}[ids[0]]))
+        >>> Prompts.labels(prompts, [0, 1], "", Fake(titles=["tea", ""], ids=["a", "b"]))
+        ['Chosen', ':', 'tea', 'b', '[EMB]']
+        """
+        tokens = [self.tokenizer.decode([i]).replace("\n", "⏎").strip() or "␣"
+                  for i in self.instruction + self.query_ids(query)]
+        titles = [items.titles[i] or str(items.ids[i])
+                  for i in np.asarray(history, np.int64)[-self.config.max_history:]]
+        return [*tokens, *(t if len(t) <= TITLE_WIDTH else t[:TITLE_WIDTH - 1].rstrip() + "…" for t in titles),
+                "[EMB]"]
 
     def decode_chunk(self, pairs: np.ndarray, items: np.ndarray) -> DecodeChunk:
         """The texts of (S,) items behind the soft tokens of as many pairs' embeddings."""
@@ -213,11 +239,9 @@ class KarmaCollator:
         histories = [events[start:end - 1] for start, end in zip(starts, ends, strict=True)]
         queries = [query_of(self.sequences, end - 1) for end in ends]
         texts = np.where(looked_at & (self.config.weight("gen") > 0), events[ends - 1], -1)
-        chunk = self.prompts.build(histories, queries, texts)
-        chunk.pairs = pair_places(chunk, targets)
+        chunk = with_pairs(self.prompts.build(histories, queries, texts), histories, targets)
         if with_bare and len(chunk.texts):
-            chunk.bare = self.prompts.build(histories, queries)
-            chunk.bare.pairs = pair_places(chunk.bare, targets)
+            chunk.bare = with_pairs(self.prompts.build(histories, queries), histories, targets)
         return chunk
 
     def _decode_pairs(self, starts: np.ndarray, ends: np.ndarray, targets: np.ndarray,
@@ -248,11 +272,26 @@ class KarmaCollator:
                 yield negatives[indptr[p]:indptr[p + 1]][-self.max_hard_negatives:].astype(np.int64)
 
 
-def pair_places(chunk: PromptChunk, targets: np.ndarray) -> Tensor:
-    """Where the queries of each prompt's last (B,) ``targets`` are read: at the item before each, the last at [EMB].
+def with_pairs(chunk: PromptChunk, histories: Sequence[np.ndarray], targets: np.ndarray) -> PromptChunk:
+    """Reads the queries of each prompt's last (B,) ``targets``: at the item before each, the last at [EMB].
 
     So serving reads too, and nothing is read at the last item.
     """
-    places = spans(chunk.emb.numpy() - targets, targets)
+    places = spans(chunk.emb.numpy() - targets, targets)  # of the newest item that each has seen
+    number = spans(np.zeros_like(targets), targets)
+    seen = np.repeat(np.array([len(h) for h in histories], np.int64) - targets, targets) + number + 1
+    chunk.latest = latest_rows(chunk.tokens.slots.numpy(), places, seen)
     places[np.cumsum(targets) - 1] += 1
-    return torch.from_numpy(places)
+    chunk.pairs = torch.from_numpy(places)
+    return chunk
+
+
+def latest_rows(slots: np.ndarray, places: np.ndarray, seen: np.ndarray) -> Tensor:
+    """(P, LATEST) slots of the items at (P,) ``places`` of a stream and before, as many as (P,) ``seen``; else -1.
+
+    >>> latest_rows(np.array([-1, 4, 2]), np.array([2]), np.array([2]))[0, :3]
+    tensor([ 2,  4, -1])
+    """
+    ages = np.arange(LATEST)
+    rows = slots[np.maximum(places[:, None] - ages, 0)]
+    return torch.from_numpy(np.where(ages < seen[:, None], rows, -1))

@@ -13,8 +13,6 @@ from ..model.backbone import causal_lm
 if TYPE_CHECKING:
     from ..model.karma import KarmaModel
 
-TITLE_WIDTH = 24
-
 
 def attention_map(model: KarmaModel, history: np.ndarray, query: str = "") -> tuple[list[str], np.ndarray]:
     """Mean attention over the heads and layers of the language model for one request, as serving reads it.
@@ -51,7 +49,7 @@ def attention_map(model: KarmaModel, history: np.ndarray, query: str = "") -> tu
     if not layers:
         raise ValueError(f"{type(core).__name__}: none of its layers reports attention weights, so there is no map; "
                          "use a backbone with softmax attention")
-    return prompt_labels(model, history, query), torch.stack(layers).mean(dim=0).numpy()
+    return model.prompts.labels(history, query, model.items), torch.stack(layers).mean(dim=0).numpy()
 
 
 @contextlib.contextmanager
@@ -65,20 +63,3 @@ def eager_attention(model):
     finally:
         if before != "eager":
             model.set_attn_implementation(before)
-
-
-def prompt_labels(model: KarmaModel, history: np.ndarray, query: str = "") -> list[str]:
-    """A name for each position of a request's prompt; long titles are cut.
-
-    >>> from types import SimpleNamespace as Fake
-    >>> prompts = Fake(instruction=[7, 8], query_ids=lambda query: [])
-    >>> model = Fake(prompts=prompts, tokenizer=Fake(decode=lambda ids: {7: "Chosen", 8: ":"}[ids[0]]),
-    ...              items=Fake(titles=["tea", ""], ids=["a", "b"]), config=Fake(max_history=20))
-    >>> prompt_labels(model, [0, 1])
-    ['Chosen', ':', 'tea', 'b', '[EMB]']
-    """
-    prompts, items = model.prompts, model.items
-    tokens = [model.tokenizer.decode([i]).replace("\n", "⏎").strip() or "␣"
-              for i in prompts.instruction + prompts.query_ids(query)]
-    titles = [items.titles[i] or str(items.ids[i]) for i in np.asarray(history, np.int64)[-model.config.max_history:]]
-    return [*tokens, *(t if len(t) <= TITLE_WIDTH else t[:TITLE_WIDTH - 1].rstrip() + "…" for t in titles), "[EMB]"]

@@ -42,9 +42,11 @@ def decoding_check(model: KarmaModel, u: Tensor, targets: np.ndarray) -> dict[st
         matched loss is the lower one; 0.5 is chance. users: number of requests compared. None if the model has no
         L_rec, or fewer than two targets have a text.
     """
+    if model.decode_projection is None:
+        return None
     targets = np.asarray(targets)
     keep = np.array([bool(model.prompts.texts[int(t)]) for t in targets], dtype=bool)
-    if model.decode_projection is None or keep.sum() < 2:
+    if keep.sum() < 2:
         return None
     u, targets = u[torch.from_numpy(keep)], targets[keep]
     matched, shuffled = text_losses(model, u, targets), text_losses(model, u.roll(1, dims=0), targets)

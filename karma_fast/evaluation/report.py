@@ -23,7 +23,8 @@ from .verdict import METRIC, key_of, name_of, number, requests_of, verdict
 
 FILES = ("metrics.json", "log.jsonl", "examples.json", "attention.json", "config.yaml")
 TERMS = {"act": "the next item", "gen": "its text, given the history", "rec": "its text, given the embedding",
-         "vis": "its image, given the embedding"}
+         "vis": "its image, given the embedding", "user": "injected vectors of requests and their prompts' states",
+         "item": "the same of items"}
 SHOWN_HISTORY = 8  # latest items of an example's history that are listed
 COLUMNS = ("HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "recall@10", "MRR", "AUC")
 
@@ -31,8 +32,8 @@ COLUMNS = ("HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "recall@10", "
 def write_report(run_folder: str | Path) -> tuple[Path, Path]:
     """Writes ``report.html`` and ``report.md`` into a run's folder and returns their paths.
 
-    Reads what is there of metrics.json, log.jsonl, examples.json, attention.json and config.yaml; a section without
-    data is left out, and a file that cannot be read is named in the report.
+    Reads what is there of metrics.json, log.jsonl, examples.json, attention.json, diagnostics.json and config.yaml; a
+    section without data is left out, and a file that cannot be read is named in the report.
 
     Raises:
         FileNotFoundError: the folder holds none of these files.
@@ -57,15 +58,17 @@ def build_report(folder: Path) -> tuple[str, list[Section]]:
     log = read_log(folder / "log.jsonl", problems)
     examples = _json(folder / "examples.json", list, problems)
     attention = _json(folder / "attention.json", dict, problems)
+    measured = _json(folder / "diagnostics.json", dict, problems)
     config = folder / "config.yaml"
     settings = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    title = f"KARMA run {folder.resolve().name}"
+    title = f"{name_of(own_row(metrics))} run {folder.resolve().name}"
     sections = [Section(title, verdict_blocks(metrics, log, problems)), Section("Metrics", metric_blocks(metrics)),
                 Section("Validation during training", evaluation_blocks(log)), Section("Loss parts", loss_blocks(log)),
                 Section("Scale, speed and memory", speed_blocks(log)), Section("Gradient shares", share_blocks(log)),
                 Section("Decoded examples", example_blocks(examples)),
                 Section("Does the embedding know its own item?", decoding_blocks(metrics.get("decoding"))),
                 Section("Attention", attention_blocks(attention)),
+                Section("Collapse, measured", measured_blocks(measured)),
                 Section("Where the time went", time_blocks(metrics)),
                 Section("Settings and versions", setting_blocks(metrics, settings))]
     return title, [section for section in sections if section.blocks]
@@ -152,10 +155,15 @@ def metric_rows(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {str(k): v for k, v in rows.items() if isinstance(v, dict)} if isinstance(rows, dict) else {}
 
 
+def own_row(metrics: dict[str, Any]) -> str:
+    """Name of the trained model's row, which is its recipe's."""
+    return str(metrics.get("recipe") or "karma")
+
+
 def verdict_blocks(metrics: dict[str, Any], log: list[dict[str, Any]], problems: list[str]) -> list[Block]:
     rows = metric_rows(metrics)
     if rows:
-        lead, *rest = verdict(rows, requests_of(metrics))
+        lead, *rest = verdict(rows, requests_of(metrics), own_row(metrics))
     else:
         lead, rest = "No final metrics: this run has not been compared with any baseline.", _progress(log)
     blocks: list[Block] = [Text(lead, "lead"), *([Text(" ".join(rest))] if rest else [])]
@@ -184,7 +192,7 @@ def metric_blocks(metrics: dict[str, Any]) -> list[Block]:
             if len(rows) > 1 and values[r, c] == np.nanmax(values[:, c])}
     cells = [[name_of(name), *(f"{v:.4f}" if math.isfinite(v) else "–" for v in line)]
              for name, line in zip(rows, values, strict=True)]
-    strong = next((n for n, name in enumerate(rows) if key_of(name) == "karma"), None)
+    strong = next((n for n, name in enumerate(rows) if key_of(name) == key_of(own_row(metrics))), None)
     blocks: list[Block] = [Table(["", *columns], cells, best, strong)]
     protocol = str(metrics.get("protocol") or "not recorded")
     note = "Best of each column marked. " if best else ""
@@ -296,6 +304,13 @@ def attention_blocks(attention: dict[str, Any]) -> list[Block]:
         "language models park unused attention there (an attention sink). Stripes over a few items, the same for all "
         "rows below, are what collapse looks like: the model matches a few items by identity and no longer reads the "
         f"rest. This is a picture of one prompt, not a measurement.{note}", "note")]
+
+
+def measured_blocks(measured: dict[str, Any]) -> list[Block]:
+    """What `karma-fast diagnose` found."""
+    from ..diagnostics.section import collapse_blocks
+
+    return collapse_blocks(measured)
 
 
 def time_blocks(metrics: dict[str, Any]) -> list[Block]:

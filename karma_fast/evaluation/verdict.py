@@ -8,7 +8,8 @@ from typing import Any
 
 METRIC = "HR@10"
 NAMES = {"popularity": "popularity", "itemknn": "item-kNN", "titletfidf": "title TF-IDF",
-         "karmauntrained": "KARMA untrained", "karma": "KARMA"}
+         "karmauntrained": "KARMA untrained", "karma": "KARMA", "rarecuntrained": "RA-Rec untrained",
+         "rarec": "RA-Rec"}
 
 
 def number(value: Any) -> float:
@@ -46,11 +47,12 @@ def standard_error(rate: float, requests: int) -> float:
     return math.sqrt(rate * (1 - rate) / requests) if requests and 0 <= rate <= 1 else math.nan
 
 
-def verdict(rows: dict[str, dict[str, Any]], requests: int = 0) -> list[str]:
+def verdict(rows: dict[str, dict[str, Any]], requests: int = 0, own: str = "karma") -> list[str]:
     """The finding, the other comparisons, and a word on noise; a defeat comes first.
 
     Args:
-        rows: metrics of each recommender by name. requests: how many were ranked, 0 if unknown.
+        rows: metrics of each recommender by name. requests: how many were ranked, 0 if unknown. own: name of the row
+            that is compared with the others.
 
     Example:
         >>> rows = {"popularity": {"HR@10": 0.08}, "item_knn": {"HR@10": 0.2}, "karma": {"HR@10": 0.1}}
@@ -62,15 +64,16 @@ the gap of 0.1000 is 6.1 standard errors of a difference of independent rows. Al
 true noise of a gap is often smaller; another seed or split is not covered.
     """
     scores = {key_of(name): number(row.get(METRIC)) for name, row in rows.items() if isinstance(row, dict)}
-    names = {key_of(name): name_of(name) for name in rows} | {"karmauntrained": "its own untrained start"}
-    own = scores.pop("karma", math.nan)
+    start, who = key_of(own) + "untrained", name_of(own)
+    names = {key_of(name): name_of(name) for name in rows} | {start: "its own untrained start"}
+    own = scores.pop(key_of(own), math.nan)
     rivals = {k: v for k, v in sorted(scores.items(), key=lambda kv: -kv[1]) if math.isfinite(v)}
     if not math.isfinite(own):
         best = next(iter(rivals), None)
-        return [f"No {METRIC} of KARMA is recorded, so there is no verdict on it."] + (
+        return [f"No {METRIC} of {who} is recorded, so there is no verdict on it."] + (
             [f"The best of what was measured is {name_of(best)} with {METRIC} {rivals[best]:.4f}."] if best else [])
     if not rivals:
-        return [f"KARMA reaches {METRIC} {own:.4f}, and nothing stands beside it.",
+        return [f"{who} reaches {METRIC} {own:.4f}, and nothing stands beside it.",
                 "Without a baseline in the same run this number says little."]
 
     def told(key: str) -> str:
@@ -80,20 +83,20 @@ true noise of a gap is often smaller; another seed or split is not covered.
     tied = [k for k in rivals if rivals[k] == own]
     beaten = [k for k in rivals if rivals[k] < own]
     # the row that a reader will compare with: the winner, or the best baseline
-    rival = next((k for k in rivals if k != "karmauntrained"), next(iter(rivals)))
+    rival = next((k for k in rivals if k != start), next(iter(rivals)))
     rival = lost[0] if lost else rival
     gap = abs(own - rivals[rival])
     error = math.hypot(standard_error(own, requests), standard_error(rivals[rival], requests))
     unsure = error > 0 and gap < 2 * error
     if lost:
         words = "is behind" if unsure else "loses to"
-        lead = f"KARMA {words} {names[rival]}: {METRIC} {own:.4f} against {rivals[rival]:.4f}" \
+        lead = f"{who} {words} {names[rival]}: {METRIC} {own:.4f} against {rivals[rival]:.4f}" \
                f"{_ratio(own, rivals[rival])}"
     elif tied:
-        lead = f"KARMA ties with {_list([names[k] for k in tied])} at {METRIC} {own:.4f}"
+        lead = f"{who} ties with {_list([names[k] for k in tied])} at {METRIC} {own:.4f}"
     else:
-        kind = "its untrained start" if rival == "karmauntrained" else f"the best baseline, {names[rival]}"
-        lead = f"KARMA {'is ahead of' if unsure else 'beats'} {kind}: {METRIC} {own:.4f} against " \
+        kind = "its untrained start" if rival == start else f"the best baseline, {names[rival]}"
+        lead = f"{who} {'is ahead of' if unsure else 'beats'} {kind}: {METRIC} {own:.4f} against " \
                f"{rivals[rival]:.4f}{_ratio(own, rivals[rival])}"
     out = [lead + (", a gap within noise." if unsure and gap else ".")]
     rest = []
@@ -108,15 +111,15 @@ true noise of a gap is often smaller; another seed or split is not covered.
         rest.append("It beats none of the others.")
     if rest:
         out.append(" ".join(rest))
-    out.append(_noise(own, rivals[rival], names[rival], requests, gap, error))
+    out.append(_noise(who, own, rivals[rival], names[rival], requests, gap, error))
     return out
 
 
-def _noise(own: float, other: float, name: str, requests: int, gap: float, error: float) -> str:
+def _noise(who: str, own: float, other: float, name: str, requests: int, gap: float, error: float) -> str:
     if not requests:
         return "Noise: the number of ranked requests is not recorded, so no standard error can be given."
     text = (f"Noise: with {requests:,} requests, {METRIC} has a standard error of {standard_error(own, requests):.4f} "
-            f"for KARMA and {standard_error(other, requests):.4f} for {name} (binomial)")
+            f"for {who} and {standard_error(other, requests):.4f} for {name} (binomial)")
     if gap and error > 0:
         text += f"; the gap of {gap:.4f} is {gap / error:.1f} standard errors of a difference of independent rows"
     text += (". All rows rank the same requests, so the true noise of a gap is often smaller; another seed or split "

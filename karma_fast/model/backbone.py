@@ -173,6 +173,15 @@ def causal_lm(backbone: nn.Module) -> PreTrainedModel:
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a causal LM, first to last; ConfigError where they cannot be told."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ConfigError(f"model.backbone: its decoder layers were not found in a {type(model).__name__}")
+
+
 def token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(n, hidden) final states -> (n, vocabulary) float32 logits, with the scalings some families apply."""
     logits = model.get_output_embeddings()(hidden).float()

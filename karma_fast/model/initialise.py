@@ -13,10 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..data.batches import LATEST
 from .features import ItemFeatures
 
 SHARES = {"id": 0.8, "text": 0.2, "image": 0.2}  # of the inner product of two embeddings at the start; ours
-DECAY, LATEST = 0.85, 10  # weight of an item by age, and how many count
+DECAY = 0.7  # weight of an item by age at the start
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ConfigError, KarmaConfig
-from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
-from ..data.packing import Packed, TextTargets
+from ..data.batches import LATEST, DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
-from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_loss, text_losses
-from .backbone import adapters_off, causal_lm, compute_dtype, identity, load_backbone, resolve_backbone, token_logits
+from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
+from .backbone import adapters_off, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
-from .initialise import item_projection, latest_mean, part_means, ridge
-from .packed_attention import run_packed
+from .initialise import DECAY, item_projection, latest_mean, part_means, ridge
+from .recommender import Recommender
 from .soft_prompt import SoftPromptProjection
-from .storage import load_parts, save_model, save_tensors
+from .storage import load_parts
+
+BESIDE_SHORTCUT = 0.3  # of what it would be alone: the part that W_o h begins with where the shortcut says the same
 
 
 @dataclass
@@ -36,7 +37,7 @@ class KarmaOutput:
     u: Tensor
 
 
-class KarmaModel(nn.Module):
+class KarmaModel(Recommender):
     """A language model with an item tower, an interest head and train-only decoders.
 
     Built by `KarmaModel.build` from data or `KarmaModel.from_pretrained` from a folder. Users and items meet in one
@@ -45,9 +46,7 @@ class KarmaModel(nn.Module):
 
     def __init__(self, config: KarmaConfig, backbone: nn.Module, tokenizer, items: Items,
                  features: ItemFeatures) -> None:
-        super().__init__()
-        self.config, self.tokenizer, self.items = config, tokenizer, items
-        self.backbone = backbone
+        super().__init__(config, backbone, tokenizer, items)
         model = causal_lm(backbone)
         hidden = model.config.get_text_config().hidden_size
         table = model.get_input_embeddings().weight
@@ -57,8 +56,10 @@ class KarmaModel(nn.Module):
         self.history_projection = SoftPromptProjection(features.width, hidden, mid_features=config.mid_features,
                                                        token_norm=norm)  # P_in
         self.interest_projection = nn.Linear(hidden, config.embedding_dim, bias=False)  # W_o
+        if config.history_shortcut:
+            self.shortcut = nn.Parameter(torch.ones(()))
+            self.age_logits = nn.Parameter(torch.arange(LATEST) * math.log(DECAY))
         self.emb_token = nn.Parameter(F.normalize(torch.randn(hidden), dim=0) * norm)
-        self.decode_projection = None
         if config.weight("rec") > 0:
             self.decode_projection = SoftPromptProjection(config.embedding_dim, hidden, config.num_soft_tokens,
                                                           mid_features=config.mid_features, token_norm=norm)  # P_rec
@@ -135,6 +136,8 @@ class KarmaModel(nn.Module):
                 weights.append(torch.tensor([1.0] * len(history) + [float(len(history))]))
         states, targets, weights = torch.cat(states), torch.cat(targets).to(self.device), torch.cat(weights)
         self.interest_projection.weight.copy_(ridge(states, targets, weights.to(self.device)))
+        if self.config.history_shortcut:
+            self.interest_projection.weight.mul_(BESIDE_SHORTCUT)
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
         """P_rec's last layer from items' embeddings to the mean token embeddings of parts of their texts."""
@@ -180,27 +183,15 @@ class KarmaModel(nn.Module):
     # ---- training ------------------------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self.emb_token.device
+    def width(self) -> int:
+        """Of u and e."""
+        return self.config.embedding_dim
 
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> KarmaCollator:
         """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""
         return KarmaCollator(self.config, self.prompts, sequences, log_q if self.config.log_q else None, seed=seed,
                              chunk_size=chunk_size)
-
-    def _autocast(self):
-        dtype = compute_dtype(self.device)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    def _decoder_states(self, inputs_embeds: Tensor, tokens: Packed) -> Tensor:
-        """(N, hidden) -> (N, hidden) last states of each sequence."""
-        model = causal_lm(self.backbone)
-        with self._autocast():
-            return run_packed(model, inputs_embeds.to(model.dtype), tokens)
-
-    def _embedding_table(self) -> Tensor:
-        return causal_lm(self.backbone).get_input_embeddings().weight
 
     def _prompt_states(self, chunk: PromptChunk) -> Tensor:
         """(N, hidden) last states of a chunk's stream."""
@@ -210,9 +201,19 @@ class KarmaModel(nn.Module):
                                                 self.emb_token[None])
         return self._decoder_states(embeds[0], tokens)
 
-    def interest(self, states: Tensor) -> Tensor:
-        """(n, hidden) states at a query's position -> (n, d_e) unit vectors, float32."""
-        return F.normalize(self.interest_projection(states.float()), dim=-1)
+    def interest(self, states: Tensor, chunk: PromptChunk) -> Tensor:
+        """(P, hidden) states of a chunk's pairs -> (P, d_e) unit vectors, float32."""
+        u = self.interest_projection(states.float())
+        if self.config.history_shortcut and len(chunk.history_items):
+            u = u + self.shortcut * self.mean_of_latest(chunk)
+        return F.normalize(u, dim=-1)
+
+    def mean_of_latest(self, chunk: PromptChunk) -> Tensor:
+        """(P, d_e): means of the latest items' embeddings with learned weights by age; 0 where no item was seen."""
+        rows, e = chunk.latest, self.item_embeddings(chunk.history_items)
+        weights = (self.age_logits.exp() * (rows >= 0)).float()
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
+        return torch.einsum("pa,pad->pd", weights, F.embedding(rows.clamp_min(0), e))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """(n,) catalogue indices -> (n, d_e) unit vectors, float32."""
@@ -226,28 +227,29 @@ class KarmaModel(nn.Module):
         read = [self.read(chunk) for chunk in batch.prompts]
         u = torch.cat([u for u, _ in read])
         parts = LossParts()
-        if self.loss.wants("act"):
-            parts.act = self.contrastive_loss(u, batch)
+        for name, loss_of in self.embedding_losses(u, batch):
+            before = getattr(parts, name)
+            setattr(parts, name, loss_of() if before is None else before + loss_of())
         if self.loss.wants("gen"):
             parts.gen = torch.stack([gen for _, gen in read]).sum() / batch.num_texts
-        if self.loss.wants("rec") and batch.decode:
-            parts.rec = torch.stack([self.reconstruction_loss(u[chunk.pairs], chunk)
-                                     for chunk in batch.decode]).sum() / self.num_decoded(batch)
-        if self.wants_images(batch):
-            parts.vis = self.image_loss(u, batch)
         # a batch may have nothing for the terms that are wanted
         return KarmaOutput(self.loss(parts) if parts.present() else u.sum() * 0, parts, u)
 
     def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
-        """The language model's pass over some prompts: (P, d_e) u of their pairs, and () L_gen's sum over texts.
-
-        gen: False leaves L_gen out.
-        """
         hidden = self._prompt_states(chunk)
         texts = hidden.new_zeros((), dtype=torch.float32)
         if gen and self.loss.wants("gen"):
             texts = self._text_loss(hidden[chunk.texts.index], chunk.texts)
-        return self.interest(hidden[chunk.pairs]), texts
+        return self.interest(hidden[chunk.pairs], chunk), texts
+
+    def embedding_losses(self, u: Tensor, batch: KarmaBatch) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        if self.loss.wants("act"):
+            yield "act", lambda: self.contrastive_loss(u, batch)
+        if self.loss.wants("rec"):
+            for chunk in batch.decode:
+                yield "rec", lambda c=chunk: self.reconstruction_loss(u[c.pairs], c) / self.num_decoded(batch)
+        if self.wants_images(batch):
+            yield "vis", lambda: self.image_loss(u, batch)
 
     def contrastive_loss(self, u: Tensor, batch: KarmaBatch) -> Tensor:
         """L_act, () float32: (P, d_e) embeddings against the batch's keys."""
@@ -266,22 +268,6 @@ class KarmaModel(nn.Module):
     def num_decoded(self, batch: KarmaBatch) -> float:
         """The divisor of L_rec and L_vis."""
         return batch.num_texts * self.config.decode_positions
-
-    @property
-    def vocabulary(self) -> int:
-        return causal_lm(self.backbone).get_output_embeddings().weight.shape[0]
-
-    @property
-    def head_is_trained(self) -> bool:
-        return any(p.requires_grad for p in causal_lm(self.backbone).get_output_embeddings().parameters())
-
-    def _text_loss(self, states: Tensor, texts: TextTargets) -> Tensor:
-        return text_loss(self._logits, states, texts.labels, texts.weights, self.vocabulary,
-                         frozen=not self.head_is_trained)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        with self._autocast():
-            return token_logits(causal_lm(self.backbone), states)
 
     def _text_states(self, embeds: Tensor, chunk: DecodeChunk) -> Tensor:
         """(N, hidden) inputs -> (G, hidden) states that predict the texts' tokens."""
@@ -315,29 +301,13 @@ class KarmaModel(nn.Module):
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
-    def trained_names(self) -> set[str]:
-        """Names of what `model.safetensors` holds: all trained weights and small buffers, no frozen language model."""
-        frozen = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if not p.requires_grad}
-        return {name for name in self.state_dict() if name not in frozen
-                and (not name.startswith("backbone.") or "lora_" in name or self.config.tuning == "full")}
-
-    def save_weights(self, folder) -> None:
-        """Writes ``model.safetensors``, the weights alone."""
-        folder.mkdir(parents=True, exist_ok=True)
-        names = self.trained_names()
-        save_tensors({k: v for k, v in self.state_dict().items() if k in names}, folder / "model.safetensors")
-
-    def save_pretrained(self, folder, facts: dict | None = None) -> None:
-        """Writes config, weights, items with their features, and a model card that tells ``facts``.
-
-        facts: for example {"data": ..., "protocol": ..., "rows": {"karma": {"HR@10": ...}}}.
-        """
-        save_model(self, Path(folder), facts)
+    def item_tensors(self) -> dict[str, Tensor]:
+        return self.features.tensors()
 
     @classmethod
     def from_pretrained(cls, folder, device: torch.device | str | None = None) -> KarmaModel:
         """The model that `save_pretrained` wrote; the backbone is loaded from where the config names it."""
-        config, items, features, weights = load_parts(folder)
+        config, items, features, weights = load_parts(folder, KarmaConfig.recipe)
         backbone, tokenizer = load_backbone(config, device)
         model = cls(config, backbone, tokenizer, items, ItemFeatures.from_tensors(features))
         wanted = model.trained_names()
@@ -356,34 +326,6 @@ class KarmaModel(nn.Module):
         parts = [self.item_embeddings(torch.from_numpy(items[at:at + batch_size]).to(self.device)).cpu()
                  for at in range(0, len(items), batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.embedding_dim)
-
-    @torch.no_grad()
-    def encode_users(self, histories: Sequence[np.ndarray], queries: Sequence[str] | None = None, *,
-                     batch_tokens: int = 4096, progress: bool = False) -> Tensor:
-        """(U, d_e) float32 on the CPU: u of each request.
-
-        Args:
-            histories: U arrays of catalogue indices, oldest first; the last ``config.max_history`` count. One may be
-                empty.
-            queries: U texts, "" for none.
-        """
-        from tqdm.auto import tqdm
-
-        queries = [""] * len(histories) if queries is None else queries
-        histories = [np.asarray(h, dtype=np.int64)[-self.config.max_history:] for h in histories]
-        order = np.argsort([len(h) + len(q) for h, q in zip(histories, queries, strict=True)], kind="stable")
-        width = self.config.max_history + len(self.prompts.instruction) + 1
-        out = torch.zeros(len(histories), self.config.embedding_dim)
-        training = self.training
-        self.eval()
-        with tqdm(total=len(order), desc="encoding users", unit="user", disable=not progress) as bar:
-            for at in range(0, len(order), max(1, batch_tokens // width)):
-                part = order[at:at + max(1, batch_tokens // width)]
-                chunk = self.prompts.build([histories[i] for i in part], [queries[i] for i in part]).to(self.device)
-                out[torch.from_numpy(part)] = self.interest(self._prompt_states(chunk)[chunk.emb]).cpu()
-                bar.update(len(part))
-        self.train(training)
-        return out
 
     @torch.no_grad()
     def decode(self, u: Tensor, max_new_tokens: int | None = None) -> list[str]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..config import ConfigError, KarmaConfig
+from ..config import ConfigError, ModelConfig
 from ..data.schema import Items
+from ..recipes import RECIPES, recipe
 
 if TYPE_CHECKING:
-    from .karma import KarmaModel
+    from .recommender import Recommender
 
 FORMAT = 1  # raised when a folder of an older version can no longer be read
 
@@ -46,53 +47,69 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_model(model: KarmaModel, folder: Path, facts: dict[str, Any] | None) -> None:
+def save_model(model: Recommender, folder: Path, facts: dict[str, Any] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_weights(folder)
-    save_tensors(model.features.tensors(), folder / "items.safetensors")
+    save_tensors(model.item_tensors(), folder / "items.safetensors")
     lines = [json.dumps({"id": str(i), "title": title, "text": text}, ensure_ascii=False)
              for i, title, text in zip(model.items.ids, model.items.titles, model.items.texts, strict=True)]
     write_atomically(folder / "items.jsonl", "\n".join(lines) + "\n")
     write_atomically(folder / "README.md", model_card(model, facts or {}))
     # last, as a folder without it is not a model
-    values = {"format": FORMAT, "karma": model.config.to_dict(), "versions": versions(), "facts": facts or {}}
+    values = {"format": FORMAT, model.config.recipe: model.config.to_dict(), "versions": versions(),
+              "facts": facts or {}}
     write_atomically(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
-def load_parts(folder: str | Path) -> tuple[KarmaConfig, Items, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(config, items, feature tensors, weights) of a saved model; ConfigError if the folder does not hold one."""
+def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """(recipe, config.json) of a saved model; ConfigError if the folder does not hold one."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return next(name for name in RECIPES if name in values), values
+    except (OSError, json.JSONDecodeError, StopIteration, TypeError):
+        raise ConfigError(f"{folder}: holds no saved model (config.json with a section {' or '.join(RECIPES)} is "
+                          "missing); give a folder written by save_pretrained, such as runs/demo/model") from None
+
+
+def recipe_of(folder: str | Path) -> str:
+    """The recipe of a saved model; ConfigError if the folder does not hold one."""
+    return read_config(folder)[0]
+
+
+def load_parts(folder: str | Path, name: str) -> tuple[ModelConfig, Items, dict[str, torch.Tensor],
+                                                       dict[str, torch.Tensor]]:
+    """(config, items, item tensors, weights) of a saved model of the recipe ``name``; else ConfigError."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = values["karma"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        raise ConfigError(f"{folder}: holds no saved KarmaModel (config.json with a karma section is missing); give a "
-                          "folder written by save_pretrained, such as runs/demo/model") from None
+    found, values = read_config(folder)
+    if found != name:
+        raise ConfigError(f"{folder}: holds a model of the recipe {found}, not {name}; "
+                          "karma_fast.recipes.load_model reads any")
     if values.get("format") != FORMAT:
         raise ConfigError(f"{folder}: has format {values.get('format')}, this version reads {FORMAT}; save the model "
                           "again")
     rows = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
     items = Items(ids=np.array([r["id"] for r in rows], dtype=object), texts=[r["text"] for r in rows],
                   titles=[r["title"] for r in rows])
-    return (KarmaConfig.from_dict(config), items, load_file(folder / "items.safetensors"),
+    return (recipe(name).Config.from_dict(values[name]), items, load_file(folder / "items.safetensors"),
             load_file(folder / "model.safetensors"))
 
 
-def model_card(model: KarmaModel, facts: dict[str, Any]) -> str:
+def model_card(model: Recommender, facts: dict[str, Any]) -> str:
     """Markdown: what it is, data, metrics with protocol, settings, versions."""
-    config = model.config
+    config, of = model.config, recipe(model.config.recipe)
     front = ["---", "library_name: karma_fast", f"base_model: {config.backbone}", "tags: [recommendation, retrieval]",
              "---"]
-    lines = [*front, "", "# KARMA next-interest model", "",
-             f"An embedding of {config.embedding_dim} numbers for what a user wants next, made by {config.backbone} "
-             f"({config.quantization}, {config.tuning}) over {len(model.items):,} items, after the method of KARMA "
-             "(arXiv 2603.22779). Trained with karma_fast.", "",
-             "```python", "from karma_fast import KarmaModel", "",
-             'model = KarmaModel.from_pretrained("path/to/this/folder")',
+    lines = [*front, "", f"# {of.NAME} next-interest model", "",
+             f"An embedding of {model.width} numbers for what a user wants next, made by {config.backbone} "
+             f"({config.quantization}, {config.tuning}) over {len(model.items):,} items, after the method of "
+             f"{of.NAME} ({of.PAPER}). Trained with karma_fast.", "",
+             "```python", "from karma_fast.recipes import load_model", "",
+             'model = load_model("path/to/this/folder")',
              "u = model.encode_users([[0, 1, 2]])  # catalogue indices, oldest first",
-             "print(model.decode(u))", "```", ""]
+             "best = (u @ model.encode_items().T)[0].topk(5).indices",
+             *(["print(model.decode(u))"] if model.decode_projection is not None else []), "```", ""]
     if "rows" in facts:
         lines += ["## Measured", "", facts.get("protocol", ""), ""]
         names = list(next(iter(facts["rows"].values())))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..config import ConfigError, KarmaConfig
-from ..model.backbone import causal_lm, compute_dtype, quantization_config, ready_to_train
+from ..config import KarmaConfig
+from ..model.backbone import causal_lm, compute_dtype, decoder_layers, quantization_config, ready_to_train
 from ..model.features import KINDS, ItemFeatures
 from .simulated import SimulatedTensor, Simulation
 from .timeline import REPEATED
@@ -34,14 +34,6 @@ def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
         if isinstance(value, list) and len(value) > layers and name.startswith("layer"):
             setattr(text, name, value[:layers])  # such as layer_types
     return shape
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise ConfigError(f"model.backbone: its decoder layers were not found in a {type(model).__name__}")
 
 
 def simulated_backbone(config: KarmaConfig, shape: PretrainedConfig, simulation: Simulation) -> nn.Module:

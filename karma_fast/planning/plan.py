@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import KarmaConfig
 from ..data.schema import Dataset
-from .build import LAYERS, decoder_layers, depth, simulated_model, weight_bytes
+from ..model.backbone import decoder_layers
+from .build import LAYERS, depth, simulated_model, weight_bytes
 from .optimiser import state_bytes
 from .shapes import language_model
 from .simulated import Simulation

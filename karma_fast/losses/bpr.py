@@ -1,0 +1,100 @@
+"""Bayesian personalised ranking against the items of the whole batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .info_nce import batch_sizes, gather_rows
+
+BLOCK_BYTES = 64 << 20  # of scores at a time
+
+
+class BPRLoss(nn.Module):
+    r"""Each query's positive above every other item of the batch, pair by pair.
+
+    .. math:: \ell_i = \frac{1}{|N_i|} \sum_{j \in N_i} -\ln \sigma(s (q_i \cdot k_j^+ - q_i \cdot k_j))
+
+    Args:
+        scale: first value of s. learnable: whether it is trained. max_scale: its limit, see ``clamp_``.
+        gather: also compare with the items of all processes; as in `karma_fast.InfoNCELoss`.
+
+    Reference:
+        Rendle et al. 2009, https://arxiv.org/abs/1205.2618. The mean over the batch's items in place of one drawn item
+        is ours.
+
+    Requirements:
+
+    +------------+------------------------------------------------------------------------------+
+    | input      | needed                                                                       |
+    +============+==============================================================================+
+    | query      | (B, D) floating                                                              |
+    | key        | (N, D), same dtype                                                           |
+    | labels     | (B,) integers into ``key``: the positives                                    |
+    | key_ids    | (N,) integers; items with the id of a row's positive are not its negatives   |
+    +------------+------------------------------------------------------------------------------+
+
+    Returns:
+        the mean over the queries, (). A query without a negative counts 0.
+
+    Example:
+        >>> loss = BPRLoss(scale=1.0)
+        >>> query, key = torch.eye(2), torch.eye(2)
+        >>> round(loss(query, key, torch.tensor([0, 1]), torch.tensor([7, 8])).item(), 4)  # -ln sigma(1)
+        0.3133
+    """
+
+    def __init__(self, scale: float = 1 / 0.07, learnable: bool = True, max_scale: float = 100.0, *,
+                 gather: bool = False) -> None:
+        super().__init__()
+        if not 0 < scale <= max_scale < math.inf:
+            raise ValueError(f"scale: got {scale} with max_scale {max_scale}; 0 < scale <= max_scale is needed")
+        self.max_scale, self.gather = max_scale, gather
+        log_scale = torch.tensor(math.log(scale))
+        if learnable:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """s, one element, differentiable."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Brings s back to ``max_scale`` if a step took it above."""
+        self.log_scale.clamp_(max=math.log(self.max_scale))
+
+    def forward(self, query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor) -> Tensor:
+        if query.ndim != 2 or key.ndim != 2 or query.shape[1] != key.shape[1]:
+            raise ValueError(f"query, key: got {tuple(query.shape)} and {tuple(key.shape)}; (B, D) and (N, D) are "
+                             "needed")
+        if labels.shape != query.shape[:1] or key_ids.shape != key.shape[:1]:
+            raise ValueError(f"labels, key_ids: got {tuple(labels.shape)} and {tuple(key_ids.shape)}; "
+                             f"({len(query)},) and ({len(key)},) are needed")
+        total, processes = len(query), 1
+        if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            sizes = batch_sizes(query, key, None, key_ids, None)
+            labels = labels + int(sizes[:dist.get_rank(), 1].sum())
+            key, key_ids = gather_rows(key, sizes[:, 1]), gather_rows(key_ids, sizes[:, 1])
+            total, processes = int(sizes[:, 0].sum()), len(sizes)
+        rows = max(1, BLOCK_BYTES // (4 * max(1, len(key))))
+        parts = [checkpoint(self._sum, q, key, label, key_ids, self.scale, use_reentrant=False)
+                 for q, label in zip(query.split(rows), labels.split(rows), strict=True)]
+        return torch.stack(parts).sum() * (processes / max(total, 1))
+
+    @staticmethod
+    def _sum(query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor, scale: Tensor) -> Tensor:
+        scores = scale * (query @ key.T).float()
+        negative = key_ids != key_ids[labels][:, None]
+        losses = F.softplus(scores - scores.gather(1, labels[:, None])) * negative
+        return (losses.sum(dim=1) / negative.sum(dim=1).clamp_min(1)).sum()
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale.item():.4g}, max_scale={self.max_scale:g}, gather={self.gather}"

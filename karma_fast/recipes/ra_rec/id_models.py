@@ -1,0 +1,158 @@
+"""ID recommenders whose vectors of items and users are injected: a mean of items, ALS, SASRec.
+
+Each has ``item_vectors() -> (N, d)`` and ``user_vectors(histories) -> (n, d)``, float32 tensors on the CPU with NaN
+rows where there is no vector, and ``save(folder)``. All are fitted to the training part alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...config import ConfigError
+from ...data.batches import LATEST
+from ...data.schema import Dataset, Items, Split
+from ...data.schema import Sequences as UserSequences
+from ...model.id_vectors import id_vectors
+from ...model.initialise import DECAY
+from ...model.storage import save_tensors, write_atomically
+
+if TYPE_CHECKING:
+    from .config import RaRecConfig
+
+KIND_FILE, VECTORS_FILE = "id_model.json", "id_model.safetensors"
+ALS_REGULARISATION, ALS_ALPHA, ALS_ITERATIONS = 0.01, 1.0, 15  # implicit's defaults
+
+
+class MeanOfItems:
+    """Users as the decayed mean of their latest items' vectors; serves any table of item vectors.
+
+    >>> model = MeanOfItems(torch.tensor([[1.0], [float("nan")], [3.0]]))
+    >>> model.user_vectors([np.array([0]), np.array([1]), np.array([], int)]).tolist()
+    [[1.0], [nan], [nan]]
+    """
+
+    kind = "mean"
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors.float()
+
+    def item_vectors(self) -> Tensor:
+        return self.vectors
+
+    def user_vectors(self, histories: Sequence[np.ndarray]) -> Tensor:
+        out = torch.full((len(histories), self.vectors.shape[1]), torch.nan)
+        for n, history in enumerate(histories):
+            latest = self.vectors[torch.from_numpy(np.asarray(history[-LATEST:], np.int64))]
+            weights = DECAY ** torch.arange(len(latest) - 1, -1, -1.0)
+            known = ~latest.isnan().any(dim=1)
+            if known.any():
+                out[n] = weights[known] @ latest[known] / weights[known].sum()
+        return out
+
+    def save(self, folder: Path) -> None:
+        save_tensors({"vectors": self.vectors}, folder / VECTORS_FILE)
+
+
+class Als:
+    """Implicit-feedback matrix factorisation (Hu et al. 2008, https://doi.org/10.1109/ICDM.2008.22).
+
+    Fitted by ``implicit`` (``pip install implicit``); users are folded in from their history by least squares, so no
+    user needs to have been there at the training.
+
+    >>> Als(torch.eye(2)).user_vectors([np.array([0])]).round(decimals=3).tolist()
+    [[0.99, 0.0]]
+    """
+
+    kind = "als"
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors.float()
+        factors = self.vectors.double()
+        self.gram = factors.T @ factors + ALS_REGULARISATION * torch.eye(factors.shape[1], dtype=torch.float64)
+
+    @classmethod
+    def fit(cls, sequences: UserSequences, split: Split, num_items: int, dim: int, seed: int) -> Als:
+        from ...baselines.counts import training_matrix
+
+        try:
+            from implicit.als import AlternatingLeastSquares
+        except ImportError as error:
+            raise ConfigError(f"model.id_model: als needs implicit ({error}); pip install implicit, or take "
+                              "co_occurrence") from error
+        found = AlternatingLeastSquares(factors=dim, regularization=ALS_REGULARISATION, alpha=ALS_ALPHA,
+                                        iterations=ALS_ITERATIONS, random_state=seed, use_gpu=False, num_threads=1)
+        found.fit(training_matrix(sequences, split, num_items).astype(np.float32), show_progress=False)
+        return cls(torch.from_numpy(np.asarray(found.item_factors)))
+
+    def item_vectors(self) -> Tensor:
+        return self.vectors
+
+    def user_vectors(self, histories: Sequence[np.ndarray]) -> Tensor:
+        out = torch.full((len(histories), self.vectors.shape[1]), torch.nan)
+        for n, history in enumerate(histories):
+            if len(history):
+                items, counts = np.unique(np.asarray(history, np.int64), return_counts=True)
+                rows = self.vectors[torch.from_numpy(items)].double()
+                confidence = torch.from_numpy(ALS_ALPHA * counts)
+                # an item seen c times has confidence alpha c where it is 1 otherwise
+                left = self.gram + rows.T @ ((confidence - 1).clamp_min(0)[:, None] * rows)
+                out[n] = torch.linalg.solve(left, rows.T @ confidence.double()).float()
+        return out
+
+    def save(self, folder: Path) -> None:
+        save_tensors({"vectors": self.vectors}, folder / VECTORS_FILE)
+
+
+def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, split: Split, seed: int,
+                  progress: bool = False):
+    """The ID model that ``config.id_model`` names, fitted or read; ConfigError with what to do if it cannot be had."""
+    name = config.id_model
+    if name == "items":
+        if items.id_vectors is None:
+            raise ConfigError("model.id_model: got items, but the item table has no ID vectors; set "
+                              "data.id_vector_column, or take co_occurrence")
+        return MeanOfItems(torch.from_numpy(items.id_vectors))
+    if name == "co_occurrence":
+        return MeanOfItems(torch.from_numpy(id_vectors(sequences, split, len(items), config.id_dim)))
+    if name == "als":
+        return Als.fit(sequences, split, len(items), config.id_dim, seed)
+    from ...baselines import SASRec, train_sasrec
+
+    if name == "sasrec":
+        return train_sasrec(Dataset(items, sequences, split), seed=seed, progress=progress)
+    if not (Path(name) / "sasrec.json").is_file():
+        raise ConfigError(f"model.id_model: got {name!r}; co_occurrence, als, sasrec, items or a folder with a saved "
+                          "SASRec is needed")
+    model = SASRec.load(name)
+    if model.items.num_embeddings != len(items):
+        raise ConfigError(f"model.id_model: {name} was trained on {model.items.num_embeddings:,} items, the data has "
+                          f"{len(items):,}; train it on this data")
+    return model
+
+
+def save_id_model(model, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder)
+    write_atomically(folder / KIND_FILE, json.dumps({"kind": getattr(model, "kind", "sasrec")}) + "\n")
+
+
+def load_id_model(folder: Path):
+    """What `save_id_model` wrote; ConfigError if it is not there."""
+    try:
+        kind = json.loads((folder / KIND_FILE).read_text(encoding="utf-8"))["kind"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        raise ConfigError(f"{folder}: holds no ID model ({KIND_FILE} is missing); save the model again") from None
+    if kind == "sasrec":
+        from ...baselines import SASRec
+
+        return SASRec.load(folder)
+    from safetensors.torch import load_file
+
+    return (Als if kind == "als" else MeanOfItems)(load_file(folder / VECTORS_FILE)["vectors"])

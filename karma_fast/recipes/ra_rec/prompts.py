@@ -1,0 +1,142 @@
+"""Hybrid prompts: places for injected vectors, then text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.batches import QUERY_TEMPLATE, StepBatch, query_of
+from ...data.packing import EMB, TEXT, OfTensors, Packed, spans
+from ...data.schema import Items
+from ...data.schema import Sequences as UserSequences
+from .config import RaRecConfig
+
+CLOSING = " Next:"  # the state of a request is read at its last token
+
+
+@dataclass
+class HybridChunk(OfTensors):
+    """S prompts that the language model reads together, of requests or of items. Index tensors are int64."""
+
+    tokens: Packed  # slot of a title's token: the place of its item in the history
+    places: Tensor  # (S * reserved,) of the stream, for injected vectors
+    vectors: Tensor  # (S, d) float32 ID vectors, NaN where there is none
+    pairs: Tensor  # (S,) the last token of each prompt
+    of_items: bool
+    text: Packed  # the same prompts without the reserved places
+    owner: Tensor  # (tokens of text,) the prompt of each
+    bare: None = None  # for `karma_fast.step`: no text follows these prompts
+
+    @property
+    def emb(self) -> Tensor:
+        return self.pairs
+
+
+@dataclass
+class RaRecBatch(StepBatch):
+    """The prompts of a step in chunks: those of B requests, then those of U distinct items."""
+
+    prompts: list[HybridChunk]
+    labels: Tensor  # (B,) the positive among the items
+    keys: Tensor  # (U,) catalogue indices
+    num_tokens: int  # read by the language model, with and without injection; on the host
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class HybridPrompts:
+    """Turns requests and items into prompts; ``reserved`` places stand before the text of each."""
+
+    def __init__(self, config: RaRecConfig, tokenizer, items: Items, id_model) -> None:
+        self.config, self.tokenizer, self.id_model = config, tokenizer, id_model
+        self.reserved = config.num_context_tokens + 1
+        self.item_vectors = id_model.item_vectors()
+        self.instruction = self._ids(config.instruction)
+        self.closing = self._ids(CLOSING)
+        self.titles = self._all([f" {title};" if title else "" for title in items.titles], config.max_title_tokens)
+        head = self._ids(config.item_instruction)
+        texts = self._all([f" {text}" if text else "" for text in items.texts], config.max_text_tokens)
+        self.item_texts = [head + text for text in texts]
+        self.text_lengths = np.array([len(text) for text in self.item_texts], dtype=np.int64)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _all(self, texts: list[str], limit: int) -> list[list[int]]:
+        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return [ids[:limit] for ids in found]
+
+    def length(self, history: np.ndarray) -> int:
+        """Tokens of a request's prompt without its query."""
+        return (self.reserved + len(self.instruction) + sum(len(self.titles[i]) for i in history) + len(self.closing))
+
+    def query_ids(self, query: str) -> list[int]:
+        return self._ids(QUERY_TEMPLATE.format(query))[:self.config.max_query_tokens] if query else []
+
+    def build(self, histories: Sequence[np.ndarray], queries: Sequence[str]) -> HybridChunk:
+        """Prompts of requests. histories: catalogue indices, oldest first. queries: texts, "" for none."""
+        ids, slots = [], []
+        for history, query in zip(histories, queries, strict=True):
+            titles = [self.titles[i] for i in history]
+            tail = self.query_ids(query) + self.closing
+            ids.append([*self.instruction, *(t for title in titles for t in title), *tail])
+            slots.append([*[TEXT] * len(self.instruction),
+                          *(n for n, title in enumerate(titles) for _ in title), *[TEXT] * len(tail)])
+        return self._chunk(ids, slots, self.id_model.user_vectors(histories), False)
+
+    def of_items(self, items: np.ndarray) -> HybridChunk:
+        """Prompts of (n,) catalogue indices."""
+        ids = [self.item_texts[i] for i in items]
+        return self._chunk(ids, [[TEXT] * len(t) for t in ids], self.item_vectors[torch.from_numpy(items)], True)
+
+    def _chunk(self, ids: list[list[int]], slots: list[list[int]], vectors: Tensor, of_items: bool) -> HybridChunk:
+        text = np.array([len(row) for row in ids], dtype=np.int64)
+        flat_ids = np.fromiter((i for row in ids for i in row), np.int64, int(text.sum()))
+        flat_slots = np.fromiter((i for row in slots for i in row), np.int64, int(text.sum()))
+        lengths = text + self.reserved
+        starts = np.cumsum(lengths) - lengths
+        token_ids, all_slots = np.zeros(int(lengths.sum()), np.int64), np.full(int(lengths.sum()), EMB, np.int64)
+        behind = spans(starts + self.reserved, text)
+        token_ids[behind], all_slots[behind] = flat_ids, flat_slots
+        places = spans(starts, np.full(len(ids), self.reserved))
+        owner = np.repeat(np.arange(len(ids)), text)
+        return HybridChunk(Packed.of(lengths, token_ids, all_slots), torch.from_numpy(places), vectors,
+                           torch.from_numpy(starts + lengths - 1), of_items, Packed.of(text, flat_ids, flat_slots),
+                           torch.from_numpy(owner))
+
+    def labels(self, history: np.ndarray, query: str, items: Items) -> list[str]:
+        """A name for each position of a request's prompt."""
+        titles = [t for i in history[-self.config.max_history:] for t in self.titles[i]]
+        tokens = [*self.instruction, *titles, *self.query_ids(query), *self.closing]
+        return [*(f"[c{n + 1}]" for n in range(self.reserved - 1)), "[user]",
+                *(self.tokenizer.decode([i]).replace("\n", "⏎").strip() or "␣" for i in tokens)]
+
+
+class RaRecCollator:
+    """Windows (start, end) of flat events -> `RaRecBatch`: the last event of each is the target.
+
+    chunk_size: prompts that the language model reads at once; None: all requests, then all items.
+    """
+
+    def __init__(self, prompts: HybridPrompts, sequences: UserSequences, chunk_size: int | None = None) -> None:
+        self.prompts, self.sequences, self.chunk_size = prompts, sequences, chunk_size
+
+    def __call__(self, windows: Sequence[tuple[int, int]]) -> RaRecBatch:
+        events, longest = self.sequences.items, self.prompts.config.max_history
+        histories = [events[max(start, end - 1 - longest):end - 1] for start, end in windows]
+        queries = [query_of(self.sequences, end - 1) for _, end in windows]
+        targets = np.array([events[end - 1] for _, end in windows], dtype=np.int64)
+        keys, labels = np.unique(targets, return_inverse=True)
+        prompts = [self.prompts.build([histories[i] for i in part], [queries[i] for i in part])
+                   for part in self._parts(len(windows))]
+        prompts += [self.prompts.of_items(keys[part]) for part in self._parts(len(keys))]
+        return RaRecBatch(prompts, torch.from_numpy(labels), torch.from_numpy(keys),
+                          sum(len(chunk.tokens.token_ids) + len(chunk.text.token_ids) for chunk in prompts))
+
+    def _parts(self, count: int) -> list[np.ndarray]:
+        return np.array_split(np.arange(count), -(-count // (self.chunk_size or count)))

@@ -1,0 +1,354 @@
+"""RA-Rec: what is injected where, its losses, exact chunks, frozen weights, saving, and a run from end to end."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from karma_fast.config import ConfigError
+from karma_fast.losses.bpr import BPRLoss
+from karma_fast.model.backbone import causal_lm, decoder_layers
+from karma_fast.recipes import load_model
+from karma_fast.recipes.ra_rec import Config
+from karma_fast.recipes.ra_rec.id_models import Als, MeanOfItems, load_id_model, save_id_model
+from karma_fast.recipes.ra_rec.model import RaRecModel
+from karma_fast.recipes.ra_rec.select import BUCKETS, select_requests
+from karma_fast.step import backward
+from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """So that what is left of a difference is a fault and not rounding."""
+    monkeypatch.setattr("karma_fast.model.recommender.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture
+def config(tiny_backbone) -> Config:
+    return Config(backbone=str(tiny_backbone), quantization="none", max_history=4, id_dim=8, num_context_tokens=3,
+                  max_title_tokens=6, max_text_tokens=8)
+
+
+def build(config: Config, data, **changes) -> RaRecModel:
+    return RaRecModel.build(dataclasses.replace(config, **changes), data.items, data.sequences, data.split,
+                            device="cpu")
+
+
+def batch_of(model: RaRecModel, data, chunk_size=None, count=9):
+    starts, ends = model.training_windows(data.sequences, data.split)
+    chosen = np.linspace(0, len(ends) - 1, count).astype(int)
+    return model.collator(data.sequences, chunk_size=chunk_size)([(int(starts[w]), int(ends[w])) for w in chosen])
+
+
+def gradients(model: RaRecModel, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    backward(model, batch)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_hand(model: RaRecModel, chunk, row: int) -> torch.Tensor:
+    """The last state of one prompt: layer after layer, with the reserved places overwritten before each."""
+    lm = causal_lm(model.backbone).base_model
+    kind = "item" if chunk.of_items else "user"
+    values = model.injected[kind](chunk.vectors * getattr(model, f"{kind}_scale"))[:, row]
+    start, end = chunk.tokens.offsets[row:row + 2].tolist()
+    reserved = model.prompts.reserved
+    hidden = F.embedding(chunk.tokens.token_ids[start:end], lm.embed_tokens.weight)[None]
+    places = torch.arange(end - start)[None]
+    for number, layer in enumerate(decoder_layers(causal_lm(model.backbone))):
+        if number < len(values):
+            hidden = torch.cat([values[number][None], hidden[:, reserved:]], dim=1)
+        mask = torch.full((end - start, end - start), float("-inf")).triu(1)[None, None]
+        hidden = layer.layer(hidden, attention_mask=mask, position_ids=places,
+                             position_embeddings=lm.rotary_emb(hidden, places))
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return lm.norm(hidden)[0, -1]
+
+
+@pytest.mark.parametrize("injection", ["layers", "input"])
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_every_layer_sees_its_own_vectors_at_the_reserved_places(config, tiny_data, injection, attention):
+    model = build(config, tiny_data, injection=injection, attention=attention).eval()
+    for chunk in batch_of(model, tiny_data).prompts:
+        found = model._last_states(chunk)
+        for row in range(len(chunk.pairs)):
+            torch.testing.assert_close(found[row], by_hand(model, chunk, row), rtol=1e-4, atol=1e-4)
+    chunk = batch_of(model, tiny_data).prompts[0]
+    before = model._last_states(chunk)
+    with torch.no_grad():
+        model.injected["user"].context[-1] += 1  # of the last layer that is injected into
+    assert not torch.allclose(model._last_states(chunk), before, atol=1e-3)
+
+
+def test_a_prompt_is_a_context_a_vector_and_the_titles(config, tiny_data):
+    model = build(config, tiny_data)
+    history = np.array([3, 0])
+    chunk = model.prompts.build([history], [""])
+    text = "".join(model.tokenizer.decode(chunk.text.token_ids))
+    assert text.startswith(config.instruction) and text.endswith("Next:")
+    for place, item in enumerate(history):  # oldest first, as far as it fits
+        title = model.tokenizer.decode(chunk.tokens.token_ids[chunk.tokens.slots == place]).strip()
+        assert len(title) > 3 and f"{tiny_data.items.titles[item]};".startswith(title)
+    assert (chunk.tokens.slots[chunk.tokens.slots >= 0].diff() >= 0).all()
+    assert chunk.places.tolist() == [0, 1, 2, 3] and int(chunk.pairs) == len(chunk.tokens.token_ids) - 1
+    assert len(model.prompts.labels(history, "", tiny_data.items)) == len(chunk.tokens.token_ids)
+    assert chunk.tokens.slots[:4].tolist() == [-2] * 4 and set(chunk.tokens.slots.tolist()) == {-2, -1, 0, 1}
+    with_query = model.prompts.build([history], ["red"])
+    assert len(with_query.tokens.token_ids) > len(chunk.tokens.token_ids)
+
+
+@pytest.mark.parametrize("changes", [{}, {"injection": "input"}, {"gradient_checkpointing": True},
+                                     {"attention": "eager"}, {"align_weight": 0.0}, {"act_weight": 0.0}])
+def test_chunks_do_not_change_the_gradient(config, tiny_data, changes):
+    model = build(config, tiny_data, **({"align_weight": 1.0} | changes))
+    whole = gradients(model, batch_of(model, tiny_data))
+    assert whole and not any(name.startswith("backbone") for name in whole)
+    for chunk_size in (1, 4):
+        parts = gradients(model, batch_of(model, tiny_data, chunk_size))
+        assert parts.keys() == whole.keys()
+        for name, g in whole.items():
+            torch.testing.assert_close(parts[name], g, rtol=2e-3, atol=2e-5 * float(g.abs().max()) + 1e-7)
+
+
+def test_all_that_is_trained_learns_and_the_language_model_does_not(config, tiny_data):
+    model = build(config, tiny_data)
+    found = gradients(model, batch_of(model, tiny_data))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name in trained - {"injected.user.missing", "injected.item.missing"}:  # every item here has a vector
+        assert found[name].abs().sum() > 0, name
+    for kind in ("user", "item"):  # every layer
+        assert (found[f"injected.{kind}.weight"].flatten(1).norm(dim=1) > 0).all()
+    assert model.trained_names() == {name for name in model.state_dict() if not name.startswith("backbone.")}
+
+
+def test_items_and_users_without_a_vector_get_a_learned_one(config, tiny_data):
+    model = build(config, tiny_data)
+    vectors = model.prompts.item_vectors
+    vectors[5] = torch.nan
+    chunk = model.prompts.of_items(np.array([5, 6]))
+    before = model.eval().read(chunk)[0]
+    assert before.isfinite().all()
+    with torch.no_grad():
+        model.injected["item"].missing += 1
+    after = model.read(chunk)[0]
+    assert not torch.allclose(before[0], after[0], atol=1e-4) and torch.allclose(before[1], after[1])
+    assert model.encode_users([np.array([], int)]).isfinite().all()
+
+
+def test_alignment_is_info_nce_of_pooled_vectors_and_frozen_text(config, tiny_data):
+    model = build(config, tiny_data)
+    batch = batch_of(model, tiny_data)
+    chunk = batch.prompts[1]
+    values = model.injected["item"](chunk.vectors * model.item_scale).mean(dim=2)
+    lm, expected = causal_lm(model.backbone), []
+    for row in range(len(chunk.pairs)):
+        start, end = chunk.text.offsets[row:row + 2].tolist()
+        states = lm(chunk.text.token_ids[None, start:end], output_hidden_states=True).hidden_states[:-1]
+        expected.append(torch.stack([x[0, 1:].mean(dim=0) for x in states]))
+    texts = torch.stack(expected, dim=1)
+    losses = []
+    for mean, text, start, center in zip(values, texts, model.item_injected, model.item_texts, strict=True):
+        logits = F.normalize(mean - start, dim=-1) @ F.normalize(text - center, dim=-1).T * config.align_scale
+        losses.append(F.cross_entropy(logits, torch.arange(len(logits))))
+    found = model.alignment_loss(batch, "item")
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
+    found.backward()
+    assert model.injected["item"].weight.grad.abs().sum() > 0 and model.injected["user"].weight.grad is None
+
+
+def test_bpr_is_its_definition():
+    torch.manual_seed(0)
+    query, key = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 6))
+    labels, ids = torch.tensor([0, 1, 2, 5, 5]), torch.tensor([1, 2, 3, 4, 1, 6])
+    loss = BPRLoss(scale=2.0).double()
+    scores = 2 * query @ key.T
+    rows = []
+    for i, label in enumerate(labels):
+        negatives = [j for j in range(6) if ids[j] != ids[label]]
+        rows.append(torch.stack([-F.logsigmoid(scores[i, label] - scores[i, j]) for j in negatives]).mean())
+    torch.testing.assert_close(loss(query, key, labels, ids).double(), torch.stack(rows).mean(), rtol=1e-6, atol=0)
+
+
+def test_bpr_in_blocks_gives_the_same(monkeypatch):
+    torch.manual_seed(0)
+    query, key, labels = torch.randn(7, 4, requires_grad=True), torch.randn(9, 4), torch.arange(7)
+    loss, found = BPRLoss(), []
+    for size in (1 << 20, 80):
+        monkeypatch.setattr("karma_fast.losses.bpr.BLOCK_BYTES", size)
+        query.grad = None
+        value = loss(query, key, labels, torch.arange(9))
+        value.backward()
+        found.append((value.detach(), query.grad.clone()))
+    torch.testing.assert_close(found[0], found[1])
+    alone = loss(query[:1], key[:1], labels[:1], torch.zeros(1, dtype=torch.int64))
+    assert alone.item() == 0
+    for wrong in ((query, key[:, :2], labels, torch.arange(9)), (query, key, labels[:2], torch.arange(9))):
+        with pytest.raises(ValueError, match="needed"):
+            loss(*wrong)
+
+
+def test_selection_filters_and_draws_evenly(tiny_data):
+    from karma_fast.data import training_windows
+
+    starts, ends = training_windows(tiny_data.sequences, tiny_data.split, 4, "last")
+    everything = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends)
+    assert everything.chosen.tolist() == list(range(len(ends))) and everything.buckets.sum() == len(ends)
+    shared = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, overlap=True)
+    words = [set(title.lower().split()) for title in tiny_data.items.titles]
+    events = tiny_data.sequences.items
+    kept = set(shared.chosen.tolist())
+    assert 0 < shared.without_overlap == len(ends) - len(kept)
+    for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        seen = set().union(*(words[i] for i in events[start:end - 1]))
+        assert bool(words[events[end - 1]] & seen) == (n in kept)
+    few = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=1)
+    assert len(few.chosen) == round(0.3 * len(ends)) and len(set(few.chosen.tolist())) == len(few.chosen)
+    least = few.drawn.max() - 1  # a bucket gives fewer than another only if it is empty then
+    assert ((few.drawn >= least) | (few.drawn == few.buckets)).all() and few.drawn.shape == (BUCKETS, BUCKETS)
+    again = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=1)
+    other = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=2)
+    assert np.array_equal(few.chosen, again.chosen) and not np.array_equal(few.chosen, other.chosen)
+    with pytest.raises(ValueError, match="share"):
+        select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.0)
+
+
+def test_a_user_folded_into_als_minimises_its_loss():
+    torch.manual_seed(0)
+    model = Als(torch.randn(6, 3))
+    history = np.array([1, 4, 4])
+    (x,) = model.user_vectors([history]).double().requires_grad_()
+    rated, weights = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    rated[[1, 4]], weights[4] = 1, 2
+    y = model.item_vectors().double()
+    loss = (weights * (rated - y @ x).square()).sum() + 0.01 * x.square().sum()
+    (g,) = torch.autograd.grad(loss, x)
+    assert g.abs().max() < 1e-5
+    assert model.user_vectors([np.array([], int)]).isnan().all()
+
+
+def test_id_models_are_saved_and_chosen_by_name(config, tiny_data, tmp_path):
+    for model in (MeanOfItems(torch.randn(40, 3)), Als(torch.randn(40, 3))):
+        save_id_model(model, tmp_path / model.kind)
+        again = load_id_model(tmp_path / model.kind)
+        assert type(again) is type(model)
+        torch.testing.assert_close(again.user_vectors([np.array([2, 3])]), model.user_vectors([np.array([2, 3])]))
+    from karma_fast.baselines import SASRec, SASRecConfig
+
+    torch.manual_seed(0)
+    SASRec(40, SASRecConfig(dim=8)).save(tmp_path / "sasrec")
+    model = build(config, tiny_data, id_model=str(tmp_path / "sasrec"))
+    assert model.prompts.item_vectors.shape == (40, 8)
+    SASRec(39, SASRecConfig(dim=8)).save(tmp_path / "other")
+    for name, message in ((str(tmp_path / "other"), "39 items"), ("nothing", "is needed"), ("items", "no ID vectors")):
+        with pytest.raises(ConfigError, match=message):
+            build(config, tiny_data, id_model=name)
+
+
+def test_training_learns_resumes_and_is_saved(config, tiny_data, tmp_path):
+    def trained(folder, steps, resume=False):
+        args = KarmaTrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=16, save_steps=6,
+            logging_steps=1, warmup_steps=1, disable_tqdm=True, use_cpu=True, projection_learning_rate=1e-2,
+            chunk_size=8, lr_scheduler_type="constant")
+        model = build(config, tiny_data)
+        KarmaTrainer(model, args, tiny_data).train(resume_from_checkpoint=resume)
+        return model
+
+    model = trained("whole", 12)
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in log if "act" in row]
+    assert {"act", "user", "item", "scale", "share_u/act"} <= rows[0].keys()
+    assert rows[-1]["act"] < 0.95 * rows[0]["act"] and rows[-1]["item"] < rows[0]["item"]
+    trained("parts", 6)
+    resumed = trained("parts", 12, resume=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+    model.save_pretrained(tmp_path / "model", {"data": "tiny"})
+    again = load_model(tmp_path / "model", "cpu")
+    assert isinstance(again, RaRecModel)
+    histories = [np.array([1, 2, 3]), np.array([], int)]
+    torch.testing.assert_close(again.encode_users(histories), model.encode_users(histories))
+    torch.testing.assert_close(again.encode_items(), model.encode_items())
+    assert "RA-Rec" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(ValueError, match="no decoder"):
+        model.decode(torch.zeros(1, model.width))
+    from karma_fast import KarmaModel
+
+    with pytest.raises(ConfigError, match="recipe ra_rec"):
+        KarmaModel.from_pretrained(tmp_path / "model")
+
+
+def test_item_embeddings_are_kept_until_a_weight_changes(config, tiny_data, monkeypatch):
+    model = build(config, tiny_data).eval()
+    first = model.encode_items()
+    torch.testing.assert_close(model.encode_items([3, 30]), first[[3, 30]])
+    monkeypatch.setattr(model, "read", None)
+    assert torch.equal(model.encode_items(), first)
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.injected["item"].weight.mul_(1.5)
+    assert not torch.allclose(model.encode_items(), first)
+    torch.testing.assert_close(model.encode_items([3, 30]), model.encode_items()[[3, 30]])
+
+
+def test_bad_settings_are_refused(config):
+    for changes, message in (({"select_share": 0.0}, "select_share"), ({"num_context_tokens": -1}, "num_context"),
+                             ({"act_weight": 0.0, "align_weight": 0.0}, "every loss weight"),
+                             ({"instruction": ""}, "empty prompt"), ({"id_dim": 0}, "id_dim")):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def config_file(config, tiny_dataset, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    values = {"recipe": "ra_rec", "data": tiny_dataset.to_dict(), "model": config.to_dict(), "training": {
+        "max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1, "warmup_steps": 1, "save_steps": 2,
+        "output_dir": "runs/tiny", "use_cpu": True}}
+    (tmp_path / "ra.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return "ra.yaml"
+
+
+def test_a_run_from_end_to_end(config_file, capsys):
+    from karma_fast.cli import main
+
+    assert main(["train", config_file]) == 0
+    out = capsys.readouterr().out
+    assert "RA-Rec" in out and "not predicted for this recipe" in out
+    metrics = json.loads(Path("runs/tiny/metrics.json").read_text())
+    assert metrics["recipe"] == "ra_rec" and {"ra_rec", "ra_rec_untrained", "item_knn"} <= metrics["rows"].keys()
+    report = Path("runs/tiny/report.md").read_text()
+    assert report.startswith("# RA-Rec run") and "| RA-Rec untrained |" in report and "RA-Rec loses" in report
+    assert main(["evaluate", "runs/tiny", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"]["ra_rec"]
+    assert row["MRR"] == pytest.approx(metrics["rows"]["ra_rec"]["MRR"], abs=1e-6)
+    assert main(["recommend", "runs/tiny", "--history", "Red Rocket, Blue Moon", "--k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["items"]) == 3
+    assert main(["recommend", "runs/tiny", "--history", "Red Rocket", "--explain"]) == 1
+    assert "no decoder" in capsys.readouterr().err
+    assert main(["embed", "runs/tiny", "--items", "items.npy"]) == 0
+    assert np.load("items.npy").shape == (40, 64)
+    assert main(["train", config_file, "--resume", "--recipe", "karma", "--model.select_share", "0.5"]) == 2
+    assert "no such setting" in capsys.readouterr().err
+    assert main(["train", config_file, "--recipe", "rarec"]) == 2
+    assert "did you mean ra_rec" in capsys.readouterr().err
+
+
+def test_the_select_command_writes_what_was_chosen(config_file, capsys):
+    from karma_fast.cli import main
+
+    assert main(["select", config_file, "--share", "0.2", "--overlap", "--output", "chosen.csv"]) == 0
+    assert "share no word" in capsys.readouterr().out
+    lines = Path("chosen.csv").read_text().splitlines()
+    assert lines[0] == "user_id,item_id,event" and len(lines) > 10
+    assert all(int(line.split(",")[2]) >= 1 for line in lines[1:])
+    assert main(["select", config_file, "--share", "2"]) == 2

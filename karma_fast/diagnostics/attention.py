@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.attention import eager_attention
+from ..evaluation.attention import recorded
 from ..model.backbone import causal_lm
 from .columns import END, HISTORY, INJECTED, INSTRUCTION, QUERY, prompt_parts
 from .entries import mean_entry
@@ -145,26 +144,6 @@ def request_attention(model: KarmaModel | PlainModel, history: np.ndarray, query
         raise ValueError(f"attention of shape {bad[0]} was recorded for a prompt of {length} positions; prompt_parts "
                          "does not describe what this model reads")
     return layers
-
-
-@contextlib.contextmanager
-def recorded(model, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hands every layer's (heads, T, T) weights of the first prompt of each pass to ``receive``."""
-
-    def ask(module, args, kwargs):
-        return args, kwargs | {"output_attentions": True}
-
-    def collect(module, args, output):
-        for layer in output.attentions or ():
-            if layer is not None:  # layers without softmax attention report nothing
-                receive(layer[0])
-
-    core = model.base_model
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(eager_attention(model))
-        stack.callback(core.register_forward_pre_hook(ask, with_kwargs=True).remove)
-        stack.callback(core.register_forward_hook(collect).remove)
-        yield
 
 
 MAP_LENGTH = 64  # positions; longer prompts make maps that nobody can read

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..model.backbone import causal_lm
 
 if TYPE_CHECKING:
-    from ..model.karma import KarmaModel
+    from ..model.recommender import Recommender
 
 
-def attention_map(model: KarmaModel, history: np.ndarray, query: str = "") -> tuple[list[str], np.ndarray]:
+def attention_map(model: Recommender, history: np.ndarray, query: str = "") -> tuple[list[str], np.ndarray]:
     """Mean attention over the heads and layers of the language model for one request, as serving reads it.
 
     Args:
@@ -32,24 +34,33 @@ def attention_map(model: KarmaModel, history: np.ndarray, query: str = "") -> tu
     What the served embedding looks at is the last row: ``dict(zip(labels, weights[-1]))``.
     """
     layers: list[torch.Tensor] = []
+    with recorded(causal_lm(model.backbone), lambda layer: layers.append(layer.float().mean(dim=0).cpu())):
+        model.encode_users([history], [query])
+    if not layers:
+        name = type(causal_lm(model.backbone)).__name__
+        raise ValueError(f"{name}: none of its layers reports attention weights, so there is no map; use a backbone "
+                         "with softmax attention")
+    return model.prompts.labels(history, query, model.items), torch.stack(layers).mean(dim=0).numpy()
+
+
+@contextlib.contextmanager
+def recorded(model, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hands every layer's (heads, T, T) weights of the first prompt of each pass to ``receive``."""
 
     def ask(module, args, kwargs):
         return args, kwargs | {"output_attentions": True}
 
     def collect(module, args, output):
-        # layers without softmax attention report nothing
-        layers.extend(layer[0].float().mean(dim=0).cpu() for layer in output.attentions or () if layer is not None)
+        for layer in output.attentions or ():
+            if layer is not None:  # layers without softmax attention report nothing
+                receive(layer[0])
 
-    core = causal_lm(model.backbone).base_model
+    core = model.base_model
     with contextlib.ExitStack() as stack:
-        stack.enter_context(eager_attention(causal_lm(model.backbone)))
+        stack.enter_context(eager_attention(model))
         stack.callback(core.register_forward_pre_hook(ask, with_kwargs=True).remove)
         stack.callback(core.register_forward_hook(collect).remove)
-        model.encode_users([history], [query])
-    if not layers:
-        raise ValueError(f"{type(core).__name__}: none of its layers reports attention weights, so there is no map; "
-                         "use a backbone with softmax attention")
-    return model.prompts.labels(history, query, model.items), torch.stack(layers).mean(dim=0).numpy()
+        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .baselines import baseline_rows
-from .commands.common import draw, table
+from .commands.common import device_name, draw, table
 from .config import RunConfig
 from .data import DataError, check, load_dataset
 from .data.batches import KarmaCollator, request
@@ -34,7 +34,6 @@ from .retrieval import ItemIndex
 from .run_setup import (
     Lines,
     banner,
-    device_name,
     explain_memory,
     fit_to_gpu,
     prepare_folder,

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from . import __version__
-from .commands.common import cpu_name
+from .commands.common import device_name
 from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
 from .data.windows import training_windows
@@ -199,12 +199,6 @@ class Lines(TrainerCallback):
         elif "eval_HR@10" in logs:
             print(f"step {state.global_step}: validation HR@10 {logs['eval_HR@10']:.4f}, MRR {logs['eval_MRR']:.4f}",
                   flush=True)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def millions(count: int) -> str:

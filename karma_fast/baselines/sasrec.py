@@ -87,7 +87,7 @@ class SASRec(nn.Module):
     :func:`karma_kernels.info_nce`: neither negatives are sampled nor is a score matrix kept.
 
     Source: Kang and McAuley 2018, https://arxiv.org/abs/1808.09781, which trains with one sampled negative a position;
-    the full softmax is much stronger (Klenitskiy and Vasilev 2023, https://doi.org/10.1145/3604915.3610644).
+    the full softmax is much stronger (Klenitskiy and Vasilev 2023, arXiv 2309.07602).
 
     Args:
         num_items: N, size of the catalogue. config: see :class:`SASRecConfig`.

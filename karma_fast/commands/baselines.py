@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import ConfigError, DataConfig, unknown_key
-from .common import COLUMNS, cpu_name, draw, load_config, table
+from .common import COLUMNS, device_name, draw, load_config, table
 
 if TYPE_CHECKING:
     from ..baselines import SASRecConfig
@@ -144,10 +144,3 @@ def remarks(found: dict[str, Any]) -> str:
             lines.append("SASRec's row is the mean over the seeds; standard deviation between them: "
                          + ", ".join(f"{name} {spread[name]:.4f}" for name in SPREAD))
     return "\n".join(lines)
-
-
-def device_name() -> str:
-    import torch
-
-    return (torch.cuda.get_device_name() if torch.cuda.is_available()
-            else f"{cpu_name()}, {torch.get_num_threads()} threads")

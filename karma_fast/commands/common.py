@@ -16,6 +16,8 @@ import numpy as np
 from ..config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from ..data import Dataset
     from ..model.recommender import Recommender
 
@@ -109,6 +111,15 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """Of the GPU in use or, without one, of the CPU with the number of threads."""
+    import torch
+
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 COLUMNS = ("HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")

@@ -1,4 +1,4 @@
-"""Exact ranking over the whole catalogue, its metrics, and baselines."""
+"""Exact ranking over the whole catalogue, its metrics, and reports."""
 
 from .catalogue import Catalogue, paths
 from .csr import csr_from_lists, seen_before

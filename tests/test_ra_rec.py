@@ -122,6 +122,12 @@ def test_all_that_is_trained_learns_and_the_language_model_does_not(config, tiny
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name in trained - {"injected.user.missing", "injected.item.missing"}:  # every item here has a vector
         assert found[name].abs().sum() > 0, name
+    chunks = batch_of(model, tiny_data).prompts
+    read = sum(len(c.tokens.token_ids) for c in chunks)
+    assert batch_of(model, tiny_data).num_tokens == read + sum(len(c.text.token_ids) for c in chunks)
+    assert batch_of(build(config, tiny_data, align_weight=0.0), tiny_data).num_tokens == read
+    lengths = model.prompts.of_items(np.arange(40)).tokens.offsets.diff()
+    assert model.prompts.item_lengths.tolist() == lengths.tolist()  # what a pass over the catalogue is cut by
     for kind in ("user", "item"):  # every layer
         assert (found[f"injected.{kind}.weight"].flatten(1).norm(dim=1) > 0).all()
     assert model.trained_names() == {name for name in model.state_dict() if not name.startswith("backbone.")}
@@ -139,6 +145,31 @@ def test_items_and_users_without_a_vector_get_a_learned_one(config, tiny_data):
     after = model.read(chunk)[0]
     assert not torch.allclose(before[0], after[0], atol=1e-4) and torch.allclose(before[1], after[1])
     assert model.encode_users([np.array([], int)]).isfinite().all()
+
+
+def test_items_without_any_text_are_told_apart_by_their_vectors(config, tiny_data):
+    items = dataclasses.replace(tiny_data.items, titles=[""] * 40, texts=[""] * 40)
+    e = build(config, dataclasses.replace(tiny_data, items=items)).encode_items()
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(40))
+    assert torch.unique(e.round(decimals=3), dim=0).shape[0] > 30
+
+
+def test_texts_are_read_as_the_model_embeds_them(config, tiny_data, tiny_backbone, tmp_path):
+    """Gemma multiplies the rows of its table."""
+    from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    GemmaForCausalLM(GemmaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, eos_token_id=0, pad_token_id=0, bos_token_id=0)).save_pretrained(tmp_path)
+    model = build(config, tiny_data, backbone=str(tmp_path)).eval()
+    chunk = model.prompts.of_items(np.array([3]))
+    with torch.no_grad():
+        states = causal_lm(model.backbone)(chunk.text.token_ids[None], output_hidden_states=True).hidden_states
+    for found, expected in zip(model.text_states(chunk)[:, 0], states, strict=False):
+        torch.testing.assert_close(found, expected[0, 1:].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_alignment_is_info_nce_of_pooled_vectors_and_frozen_text(config, tiny_data):
@@ -171,7 +202,9 @@ def test_bpr_is_its_definition():
     rows = []
     for i, label in enumerate(labels):
         negatives = [j for j in range(6) if ids[j] != ids[label]]
-        rows.append(torch.stack([-F.logsigmoid(scores[i, label] - scores[i, j]) for j in negatives]).mean())
+        losses = torch.stack([-F.logsigmoid(scores[i, label] - scores[i, j]) for j in negatives])
+        weights = torch.tensor([1 / ids.tolist().count(ids[j]) for j in negatives], dtype=torch.float64)
+        rows.append((losses * weights).sum() / weights.sum())  # two keys of one item count as one
     torch.testing.assert_close(loss(query, key, labels, ids).double(), torch.stack(rows).mean(), rtol=1e-6, atol=0)
 
 
@@ -193,7 +226,7 @@ def test_bpr_in_blocks_gives_the_same(monkeypatch):
             loss(*wrong)
 
 
-def test_selection_filters_and_draws_evenly(tiny_data):
+def test_selection_filters_and_draws_evenly(config, tiny_data):
     from karma_fast.data import training_windows
 
     starts, ends = training_windows(tiny_data.sequences, tiny_data.split, 4, "last")
@@ -214,6 +247,9 @@ def test_selection_filters_and_draws_evenly(tiny_data):
     again = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=1)
     other = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=2)
     assert np.array_equal(few.chosen, again.chosen) and not np.array_equal(few.chosen, other.chosen)
+    plain = dataclasses.replace(tiny_data.items, titles=[""] * 40)
+    with pytest.raises(ConfigError, match="select_overlap"):
+        build(config, dataclasses.replace(tiny_data, items=plain), select_overlap=True)
     with pytest.raises(ValueError, match="share"):
         select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.0)
 
@@ -230,6 +266,9 @@ def test_a_user_folded_into_als_minimises_its_loss():
     (g,) = torch.autograd.grad(loss, x)
     assert g.abs().max() < 1e-5
     assert model.user_vectors([np.array([], int)]).isnan().all()
+    model = Als(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))  # no user of the training part had item 0
+    assert model.item_vectors().isnan().all(dim=1).tolist() == [True, False]
+    assert model.user_vectors([np.array([0]), np.array([0, 1])]).isnan().all(dim=1).tolist() == [True, False]
 
 
 def test_id_models_are_saved_and_chosen_by_name(config, tiny_data, tmp_path):
@@ -244,6 +283,13 @@ def test_id_models_are_saved_and_chosen_by_name(config, tiny_data, tmp_path):
     SASRec(40, SASRecConfig(dim=8)).save(tmp_path / "sasrec")
     model = build(config, tiny_data, id_model=str(tmp_path / "sasrec"))
     assert model.prompts.item_vectors.shape == (40, 8)
+    # it is frozen: neither among the trained weights, nor decayed or moved with them
+    assert not any("id_model" in name for name in model.state_dict())
+    chunk = model.prompts.build([np.array([2, 3]), np.array([], int)], ["", ""])
+    assert chunk.vectors.isnan().all(dim=1).tolist() == [False, True]
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", "cpu")
+    torch.testing.assert_close(again.encode_users([np.array([2, 3])]), model.encode_users([np.array([2, 3])]))
     SASRec(39, SASRecConfig(dim=8)).save(tmp_path / "other")
     for name, message in ((str(tmp_path / "other"), "39 items"), ("nothing", "is needed"), ("items", "no ID vectors")):
         with pytest.raises(ConfigError, match=message):
@@ -296,6 +342,49 @@ def test_item_embeddings_are_kept_until_a_weight_changes(config, tiny_data, monk
         model.injected["item"].weight.mul_(1.5)
     assert not torch.allclose(model.encode_items(), first)
     torch.testing.assert_close(model.encode_items([3, 30]), model.encode_items()[[3, 30]])
+
+
+GRADIENTS = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from karma_fast.config import DataConfig
+from karma_fast.data import load_dataset
+from karma_fast.model import backbone, recommender
+from karma_fast.processes import average_gradients
+from karma_fast.recipes.ra_rec import Config
+from karma_fast.recipes.ra_rec.model import RaRecModel
+from karma_fast.step import backward
+
+backbone.compute_dtype = recommender.compute_dtype = lambda device: torch.float32
+processes, (settings, files) = int(sys.argv[2]), eval(Path("settings.txt").read_text())
+if processes > 1:
+    dist.init_process_group("gloo")
+rank, data = dist.get_rank() if processes > 1 else 0, load_dataset(DataConfig(**files))
+model = RaRecModel.build(Config(**settings), data.items, data.sequences, data.split, device="cpu").train()
+starts, ends = model.training_windows(data.sequences, data.split)
+share, windows = 12 // processes, list(zip(starts.tolist(), ends.tolist()))
+windows = (windows[:9] + windows[:3])[rank * share:][:share]  # the processes have items in common
+backward(model, model.collator(data.sequences, chunk_size=3 if processes > 1 else None)(windows))
+trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+average_gradients(list(trained.values()))
+if rank == 0:
+    torch.save({n: p.grad for n, p in trained.items()}, f"out-{processes}.pt")
+"""
+
+
+def test_gradients_do_not_depend_on_processes(config, tiny_dataset, tmp_path):
+    from test_processes import run_with
+
+    (tmp_path / "settings.txt").write_text(
+        repr((config.to_dict() | {"align_weight": 1.0}, tiny_dataset.to_dict())))
+    one, two = (run_with(processes, GRADIENTS, tmp_path) for processes in (1, 2))
+    assert set(one) == set(two) and one["injected.item.weight"].abs().sum() > 0
+    for name, grad in one.items():
+        assert (two[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-9, name
 
 
 def test_bad_settings_are_refused(config):

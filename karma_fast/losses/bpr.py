@@ -18,7 +18,9 @@ BLOCK_BYTES = 64 << 20  # of scores at a time
 class BPRLoss(nn.Module):
     r"""Each query's positive above every other item of the batch, pair by pair.
 
-    .. math:: \ell_i = \frac{1}{|N_i|} \sum_{j \in N_i} -\ln \sigma(s (q_i \cdot k_j^+ - q_i \cdot k_j))
+    .. math:: \ell_i = \frac{1}{|N_i|} \sum_{j \in N_i} -\ln \sigma(s (q_i \cdot k_i^+ - q_i \cdot k_j))
+
+    N_i are the other items; one that stands there c times, as with several processes, has c keys of weight 1 / c.
 
     Args:
         scale: first value of s. learnable: whether it is trained. max_scale: its limit, see ``clamp_``.
@@ -84,15 +86,17 @@ class BPRLoss(nn.Module):
             labels = labels + int(sizes[:dist.get_rank(), 1].sum())
             key, key_ids = gather_rows(key, sizes[:, 1]), gather_rows(key_ids, sizes[:, 1])
             total, processes = int(sizes[:, 0].sum()), len(sizes)
+        ordered = key_ids.sort().values  # `unique` would make the host wait for a GPU
+        weights = 1 / (torch.searchsorted(ordered, key_ids, right=True) - torch.searchsorted(ordered, key_ids))
         rows = max(1, BLOCK_BYTES // (4 * max(1, len(key))))
-        parts = [checkpoint(self._sum, q, key, label, key_ids, self.scale, use_reentrant=False)
+        parts = [checkpoint(self._sum, q, key, label, key_ids, weights, self.scale, use_reentrant=False)
                  for q, label in zip(query.split(rows), labels.split(rows), strict=True)]
         return torch.stack(parts).sum() * (processes / max(total, 1))
 
     @staticmethod
-    def _sum(query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor, scale: Tensor) -> Tensor:
+    def _sum(query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
         scores = scale * (query @ key.T).float()
-        negative = key_ids != key_ids[labels][:, None]
+        negative = (key_ids != key_ids[labels][:, None]) * weights
         losses = F.softplus(scores - scores.gather(1, labels[:, None])) * negative
         return (losses.sum(dim=1) / negative.sum(dim=1).clamp_min(1)).sum()
 

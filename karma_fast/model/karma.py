@@ -338,7 +338,7 @@ class KarmaModel(Recommender):
         model = causal_lm(self.backbone)
         training = self.training
         self.eval()
-        soft = self.decode_projection(u.to(self.device)).to(model.dtype)
+        soft = self._as_embedded(self.decode_projection(u.to(self.device)))
         with adapters_off(self.backbone), self._autocast():
             # a config of our own, as a model's may ask for sampling or penalties
             greedy = GenerationConfig(max_new_tokens=max_new_tokens or self.config.max_text_tokens, do_sample=False,

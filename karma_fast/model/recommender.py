@@ -67,10 +67,15 @@ class Recommender(nn.Module):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _decoder_states(self, inputs_embeds: Tensor, tokens: Packed) -> Tensor:
-        """(N, hidden) -> (N, hidden) last states of each sequence."""
-        model = causal_lm(self.backbone)
+        """(N, hidden) rows of the embedding table, or what stands for such -> (N, hidden) last states."""
         with self._autocast():
-            return run_packed(model, inputs_embeds.to(model.dtype), tokens)
+            return run_packed(causal_lm(self.backbone), self._as_embedded(inputs_embeds), tokens)
+
+    def _as_embedded(self, rows: Tensor) -> Tensor:
+        """Rows as the model's own embedding gives them: Gemma and others multiply those of their table."""
+        model = causal_lm(self.backbone)
+        scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+        return rows.to(model.dtype) if scale is None else rows.to(model.dtype) * scale
 
     def _embedding_table(self) -> Tensor:
         return causal_lm(self.backbone).get_input_embeddings().weight

@@ -92,10 +92,10 @@ class Als:
         return cls(torch.from_numpy(np.asarray(found.item_factors)))
 
     def item_vectors(self) -> Tensor:
-        return self.vectors
+        return without_zeros(self.vectors)
 
     def user_vectors(self, histories: Sequence[np.ndarray]) -> Tensor:
-        out = torch.full((len(histories), self.vectors.shape[1]), torch.nan)
+        out = torch.zeros(len(histories), self.vectors.shape[1])
         for n, history in enumerate(histories):
             if len(history):
                 items, counts = np.unique(np.asarray(history, np.int64), return_counts=True)
@@ -104,10 +104,15 @@ class Als:
                 # an item seen c times has confidence alpha c where it is 1 otherwise
                 left = self.gram + rows.T @ ((confidence - 1).clamp_min(0)[:, None] * rows)
                 out[n] = torch.linalg.solve(left, rows.T @ confidence.double()).float()
-        return out
+        return without_zeros(out)
 
     def save(self, folder: Path) -> None:
         save_tensors({"vectors": self.vectors}, folder / VECTORS_FILE)
+
+
+def without_zeros(vectors: Tensor) -> Tensor:
+    """NaN in place of (n, d) rows of zeros, which ALS gives to what it has not seen."""
+    return vectors.masked_fill((vectors == 0).all(dim=1, keepdim=True), torch.nan)
 
 
 def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, split: Split, seed: int,
@@ -126,7 +131,8 @@ def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, s
     from ...baselines import SASRec, train_sasrec
 
     if name == "sasrec":
-        return train_sasrec(Dataset(items, sequences, split), seed=seed, progress=progress)
+        # on the CPU, as workers that make batches cannot use a GPU
+        return train_sasrec(Dataset(items, sequences, split), seed=seed, progress=progress).cpu()
     if not (Path(name) / "sasrec.json").is_file():
         raise ConfigError(f"model.id_model: got {name!r}; co_occurrence, als, sasrec, items or a folder with a saved "
                           "SASRec is needed")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...losses import Terms, WeightedLoss
 from ...losses.bpr import BPRLoss
-from ...losses.info_nce import InfoNCELoss
+from ...losses.info_nce import InfoNCELoss, all_gather, gather_rows
 
 
 @dataclass
@@ -28,7 +30,8 @@ class RaRecLoss(WeightedLoss):
     a pass without any injection.
 
     Args:
-        act, align: weights of L_p and lambda. align_scale: 1 / tau. ranking: the loss behind L_p.
+        act, align: weights of L_p and lambda. align_scale: 1 / tau. ranking: the loss behind L_p; if it compares with
+            all processes, so do the others.
 
     Reference:
         Yu et al. 2024, RA-Rec, arXiv 2402.04527. The weights, the pooling and the scales are ours.
@@ -40,7 +43,8 @@ class RaRecLoss(WeightedLoss):
                  ranking: BPRLoss | None = None) -> None:
         super().__init__({"act": act, "user": align, "item": align})
         self.ranking = BPRLoss() if ranking is None else ranking
-        self.alignment = InfoNCELoss(align_scale, learnable=False, max_scale=max(100.0, align_scale))
+        self.alignment = InfoNCELoss(align_scale, learnable=False, max_scale=max(100.0, align_scale),
+                                     gather=self.ranking.gather)
 
     @property
     def scale(self) -> Tensor:
@@ -49,3 +53,17 @@ class RaRecLoss(WeightedLoss):
     def clamp_(self) -> None:
         """The scale's limit; belongs after each step of the optimiser."""
         self.ranking.clamp_()
+
+
+def first_here(ids: Tensor) -> Tensor:
+    """(n,) distinct ids of this process -> (n,) bool: no process before it has the id. All must call it together.
+
+    >>> first_here(torch.tensor([4, 9]))
+    tensor([True, True])
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return torch.ones_like(ids, dtype=torch.bool)
+    sizes = ids.new_empty(dist.get_world_size())
+    all_gather(sizes, ids.new_tensor([len(ids)]))
+    before = int(sizes[:dist.get_rank()].sum())
+    return ~torch.isin(ids, gather_rows(ids, sizes)[:before])

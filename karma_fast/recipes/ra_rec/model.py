@@ -21,11 +21,12 @@ from ...model.storage import load_parts
 from .config import RaRecConfig
 from .id_models import load_id_model, make_id_model, save_id_model
 from .injection import LayerVectors, inject_into
-from .loss import RaRecLoss
+from .loss import RaRecLoss, first_here
 from .prompts import HybridChunk, HybridPrompts, RaRecBatch, RaRecCollator
 from .select import select_requests
 
 SAMPLE = 64  # requests, and items, whose states set the starting point
+LEAST_SPREAD = 0.1  # of the length of the mean state: texts that are all the same have no spread of their own
 ID_FOLDER = "id_model"
 
 
@@ -43,7 +44,6 @@ class RaRecModel(Recommender):
         hidden = model.config.get_text_config().hidden_size
         layers = decoder_layers(model)
         self.given = inject_into(layers)
-        self.id_model = id_model
         self.prompts = HybridPrompts(config, tokenizer, items, id_model)
         count, width = len(layers) if config.injection == "layers" else 1, self.prompts.item_vectors.shape[1]
         self.injected = nn.ModuleDict({kind: LayerVectors(width, count, config.num_context_tokens, hidden)
@@ -101,6 +101,7 @@ class RaRecModel(Recommender):
             rows = self.text_states(chunk)[:count]  # (layers, S, hidden)
             mean = rows.mean(dim=1)
             spread = (rows - mean[:, None]).square().sum(dim=2).mean(dim=1).sqrt()
+            spread = spread.maximum(LEAST_SPREAD * mean.norm(dim=1))
             # the context begins as what real text has at these places; texts shorter than that repeat their mean
             at_places = self._text_means(chunk, chunk.text.positions.clamp_max(tokens), tokens)[:count]
             empty = torch.arange(tokens, device=mean.device) >= chunk.text.longest
@@ -114,6 +115,10 @@ class RaRecModel(Recommender):
     # ---- training ------------------------------------------------------------------------------------------------
 
     @property
+    def id_model(self):
+        return self.prompts.id_model  # which is no module, so neither device nor optimiser reach the ID model
+
+    @property
     def width(self) -> int:
         """Of u and e."""
         return self.user_center.shape[0]
@@ -124,6 +129,9 @@ class RaRecModel(Recommender):
             return starts, ends
         chosen = select_requests(sequences, split, self.items, starts, ends, share=self.config.select_share,
                                  overlap=self.config.select_overlap).chosen
+        if len(starts) and not len(chosen):
+            raise ConfigError("model.select_overlap: got true, but no training request's target shares a word with "
+                              "the titles of its history; set it to false")
         return starts[chosen], ends[chosen]
 
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
@@ -184,6 +192,9 @@ class RaRecModel(Recommender):
         centers = getattr(self, f"{kind}_injected"), getattr(self, f"{kind}_texts")
         texts = torch.cat([self.text_states(chunk)[:len(centers[0])] for chunk in chunks], dim=1)
         vectors = torch.cat([chunk.vectors for chunk in chunks]) * getattr(self, f"{kind}_scale")
+        if kind == "item" and self.loss.alignment.gather:  # an item that several processes have counts once
+            own = first_here(batch.keys)
+            texts, vectors = texts[:, own], vectors[own]
         losses = [self.loss.alignment(mean - start, text - center) for mean, text, start, center in
                   zip(self.injected[kind].means(vectors), texts, *centers, strict=True)]
         return torch.stack(losses).mean()
@@ -226,7 +237,7 @@ class RaRecModel(Recommender):
         """
         version = tuple(p._version for p in [*self.injected.parameters(), *self.buffers()])
         if self._encoded is None or self._encoded[0] != version:
-            lengths = self.prompts.text_lengths
+            lengths = self.prompts.item_lengths
             if items is not None and 2 * len(items) < len(lengths):
                 items = np.asarray(items, dtype=np.int64)
                 return self.encode(lambda part: self.prompts.of_items(items[part]), lengths[items], batch_tokens)

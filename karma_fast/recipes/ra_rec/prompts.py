@@ -62,7 +62,7 @@ class HybridPrompts:
         head = self._ids(config.item_instruction)
         texts = self._all([f" {text}" if text else "" for text in items.texts], config.max_text_tokens)
         self.item_texts = [head + text for text in texts]
-        self.text_lengths = np.array([len(text) for text in self.item_texts], dtype=np.int64)
+        self.item_lengths = np.array([self.reserved + len(text) for text in self.item_texts], dtype=np.int64)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -87,7 +87,9 @@ class HybridPrompts:
             ids.append([*self.instruction, *(t for title in titles for t in title), *tail])
             slots.append([*[TEXT] * len(self.instruction),
                           *(n for n, title in enumerate(titles) for _ in title), *[TEXT] * len(tail)])
-        return self._chunk(ids, slots, self.id_model.user_vectors(histories), False)
+        vectors = self.id_model.user_vectors(histories)
+        vectors[[not len(history) for history in histories]] = torch.nan  # SASRec gives zeros
+        return self._chunk(ids, slots, vectors, False)
 
     def of_items(self, items: np.ndarray) -> HybridChunk:
         """Prompts of (n,) catalogue indices."""
@@ -135,8 +137,11 @@ class RaRecCollator:
         prompts = [self.prompts.build([histories[i] for i in part], [queries[i] for i in part])
                    for part in self._parts(len(windows))]
         prompts += [self.prompts.of_items(keys[part]) for part in self._parts(len(keys))]
+        read = [chunk.tokens for chunk in prompts]
+        if self.prompts.config.align_weight > 0:
+            read += [chunk.text for chunk in prompts]
         return RaRecBatch(prompts, torch.from_numpy(labels), torch.from_numpy(keys),
-                          sum(len(chunk.tokens.token_ids) + len(chunk.text.token_ids) for chunk in prompts))
+                          sum(len(packed.token_ids) for packed in read))
 
     def _parts(self, count: int) -> list[np.ndarray]:
         return np.array_split(np.arange(count), -(-count // (self.chunk_size or count)))

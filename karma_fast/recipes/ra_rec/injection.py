@@ -17,8 +17,10 @@ from torch.nn import functional as F
 class LayerVectors(nn.Module):
     """ID vectors (S, width) -> (layers, S, tokens + 1, hidden): learned context tokens, then the projected vector.
 
-    Each layer has weights of its own: context c and projection W v + b. A NaN row, which has no vector, gets a learned
-    one. Source: Yu et al. 2024, arXiv 2402.04527.
+    Each layer has weights of its own: context c and projection W v + b. They are kept relative to where they start, in
+    units of the spread of that layer's states, as states of deep layers are many times longer than those of early ones
+    and an optimiser's steps are not. A NaN row, which has no vector, gets a learned one. Source: Yu et al. 2024, arXiv
+    2402.04527; the units are ours.
 
     >>> LayerVectors(width=4, layers=3, tokens=2, hidden=8)(torch.randn(5, 4)).shape
     torch.Size([3, 5, 3, 8])
@@ -26,23 +28,27 @@ class LayerVectors(nn.Module):
 
     def __init__(self, width: int, layers: int, tokens: int, hidden: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(layers, hidden, width) / width**0.5)
+        self.weight = nn.Parameter(torch.randn(layers, hidden, width) / hidden**0.5)
         self.bias = nn.Parameter(torch.zeros(layers, hidden))
-        self.context = nn.Parameter(torch.randn(layers, tokens, hidden))
+        self.context = nn.Parameter(torch.zeros(layers, tokens, hidden))
         self.missing = nn.Parameter(torch.zeros(width))
+        self.register_buffer("start", torch.zeros(layers, tokens + 1, hidden))
+        self.register_buffer("spread", torch.ones(layers))
 
     def forward(self, vectors: Tensor) -> Tensor:
         vectors = torch.where(vectors.isnan(), self.missing, vectors)
         projected = torch.einsum("lhd,sd->lsh", self.weight, vectors) + self.bias[:, None]
         context = self.context[:, None].expand(-1, len(vectors), -1, -1)
-        return torch.cat([context, projected[:, :, None]], dim=2)
+        learned = torch.cat([context, projected[:, :, None]], dim=2)
+        return self.start[:, None] + self.spread[:, None, None, None] * learned
 
     def means(self, vectors: Tensor) -> Iterator[Tensor]:
         """Layer after layer, (S, hidden): the mean over the tokens of what ``forward`` gives."""
         vectors = torch.where(vectors.isnan(), self.missing, vectors)
         tokens = self.context.shape[1] + 1
-        for weight, bias, context in zip(self.weight, self.bias, self.context, strict=True):
-            yield (F.linear(vectors, weight, bias) + context.sum(dim=0)) / tokens
+        for weight, bias, context, start, spread in zip(self.weight, self.bias, self.context, self.start, self.spread,
+                                                        strict=True):
+            yield start.mean(dim=0) + spread * (F.linear(vectors, weight, bias) + context.sum(dim=0)) / tokens
 
     @torch.no_grad()
     def start_at(self, states: Tensor, spread: Tensor) -> None:
@@ -50,9 +56,8 @@ class LayerVectors(nn.Module):
 
         ``states``: of text at the layers' inputs, for the context and, last, for the mean of all projected vectors.
         """
-        self.context.copy_(states[:, :-1])
-        self.bias.copy_(states[:, -1])
-        self.weight.mul_((spread / self.weight.shape[1] ** 0.5)[:, None, None])
+        self.start.copy_(states)
+        self.spread.copy_(spread)
 
 
 class Given:

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from karma_fast.cli import main
 from karma_fast.config import ConfigError
 from karma_fast.data.batches import request
+from karma_fast.data.packing import Packed
 from karma_fast.diagnostics import PlainModel, diagnose
 from karma_fast.diagnostics.attention import attention_statistics, request_attention
 from karma_fast.diagnostics.columns import END, HISTORY, INJECTED, INSTRUCTION, QUERY, history_columns, prompt_parts
 from karma_fast.diagnostics.decoder import FrozenDecoder, decoder_entries, trained_projection
 from karma_fast.diagnostics.entries import DEFINITIONS
 from karma_fast.diagnostics.perplexity import chosen_items, retained_perplexity, text_nats
-from karma_fast.diagnostics.states import Untuned
+from karma_fast.diagnostics.states import Untuned, decoder_states
 from karma_fast.evaluation.attention import attention_map
 from karma_fast.model.backbone import causal_lm
 from karma_fast.model.karma import KarmaModel
@@ -355,3 +356,20 @@ def test_a_plain_folder_that_cannot_be_loaded_says_what_to_do(tiny_data, tmp_pat
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises((ConfigError, ValueError)):
         PlainModel.load(tmp_path, tiny_data.items)
+
+
+def test_texts_are_read_as_the_model_embeds_them(monkeypatch):
+    """Gemma multiplies the rows of its table."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    monkeypatch.setattr("karma_fast.diagnostics.states.compute_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(GemmaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0)).eval()
+    ids = torch.tensor([3, 9, 4, 17, 6])
+    tokens = Packed.of(np.array([2, 3]), ids.numpy(), np.full(5, -1))
+    with torch.no_grad():
+        found = decoder_states(model, model.get_input_embeddings().weight[ids], tokens)
+        expected = [model.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split([2, 3])]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)

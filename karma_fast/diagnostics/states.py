@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.packing import TEXT, Packed
-from ..model.backbone import adapters_off, causal_lm, compute_dtype, load_backbone, token_logits
+from ..model.backbone import adapters_off, as_embedded, causal_lm, compute_dtype, load_backbone, token_logits
 from ..model.packed_attention import run_packed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def decoder_states(backbone: nn.Module, embeds: Tensor, tokens: Packed) -> Tenso
     """(N, hidden) inputs -> (N, hidden) last states of each sequence."""
     model = causal_lm(backbone)
     with autocast(embeds.device):
-        return run_packed(model, embeds.to(model.dtype), tokens)
+        return run_packed(model, as_embedded(model, embeds), tokens)
 
 
 def logits(backbone: nn.Module, states: Tensor) -> Tensor:

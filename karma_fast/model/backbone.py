@@ -173,6 +173,12 @@ def causal_lm(backbone: nn.Module) -> PreTrainedModel:
     return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
 
+def as_embedded(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """(..., hidden) rows as the model's own embedding gives them: Gemma and others multiply those of their table."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    return rows.to(model.dtype) if scale is None else rows.to(model.dtype) * scale
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a causal LM, first to last; ConfigError where they cannot be told."""
     wanted = model.config.get_text_config().num_hidden_layers

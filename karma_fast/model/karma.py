@@ -17,7 +17,7 @@ from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
-from .backbone import adapters_off, causal_lm, identity, load_backbone, resolve_backbone
+from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
 from .initialise import DECAY, item_projection, latest_mean, part_means, ridge
@@ -338,7 +338,7 @@ class KarmaModel(Recommender):
         model = causal_lm(self.backbone)
         training = self.training
         self.eval()
-        soft = self._as_embedded(self.decode_projection(u.to(self.device)))
+        soft = as_embedded(model, self.decode_projection(u.to(self.device)))
         with adapters_off(self.backbone), self._autocast():
             # a config of our own, as a model's may ask for sampling or penalties
             greedy = GenerationConfig(max_new_tokens=max_new_tokens or self.config.max_text_tokens, do_sample=False,

@@ -15,7 +15,7 @@ from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
 from ..losses import WeightedLoss, text_loss
-from .backbone import causal_lm, compute_dtype, token_logits
+from .backbone import as_embedded, causal_lm, compute_dtype, token_logits
 from .packed_attention import run_packed
 from .storage import save_model, save_tensors
 
@@ -69,13 +69,7 @@ class Recommender(nn.Module):
     def _decoder_states(self, inputs_embeds: Tensor, tokens: Packed) -> Tensor:
         """(N, hidden) rows of the embedding table, or what stands for such -> (N, hidden) last states."""
         with self._autocast():
-            return run_packed(causal_lm(self.backbone), self._as_embedded(inputs_embeds), tokens)
-
-    def _as_embedded(self, rows: Tensor) -> Tensor:
-        """Rows as the model's own embedding gives them: Gemma and others multiply those of their table."""
-        model = causal_lm(self.backbone)
-        scale = getattr(model.get_input_embeddings(), "embed_scale", None)
-        return rows.to(model.dtype) if scale is None else rows.to(model.dtype) * scale
+            return run_packed(causal_lm(self.backbone), as_embedded(causal_lm(self.backbone), inputs_embeds), tokens)
 
     def _embedding_table(self) -> Tensor:
         return causal_lm(self.backbone).get_input_embeddings().weight

@@ -441,3 +441,24 @@ def test_the_select_command_writes_what_was_chosen(config_file, capsys):
     assert lines[0] == "user_id,item_id,event" and len(lines) > 10
     assert all(int(line.split(",")[2]) >= 1 for line in lines[1:])
     assert main(["select", config_file, "--share", "2"]) == 2
+
+
+def test_a_trained_sasrec_is_kept_for_the_same_data_and_seed(config, tiny_data, tmp_path, monkeypatch):
+    from karma_fast import baselines
+
+    trained = []
+
+    def counted(data, **options):
+        trained.append(options["seed"])
+        return train(data, baselines.SASRecConfig(dim=8, epochs=1), **options)
+
+    train = baselines.train_sasrec
+    monkeypatch.setattr(baselines, "train_sasrec", counted)
+
+    def vectors(seed):
+        model = RaRecModel.build(dataclasses.replace(config, id_model="sasrec"), tiny_data.items, tiny_data.sequences,
+                                 tiny_data.split, seed=seed, device="cpu", cache=tmp_path)
+        return model.prompts.item_vectors
+
+    first, again, other = vectors(0), vectors(0), vectors(1)
+    assert trained == [0, 1] and torch.equal(first, again) and not torch.equal(first, other)

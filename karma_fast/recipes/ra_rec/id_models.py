@@ -6,6 +6,7 @@ rows where there is no vector, and ``save(folder)``. All are fitted to the train
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...config import ConfigError
@@ -115,9 +117,12 @@ def without_zeros(vectors: Tensor) -> Tensor:
     return vectors.masked_fill((vectors == 0).all(dim=1, keepdim=True), torch.nan)
 
 
-def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, split: Split, seed: int,
+def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, split: Split, seed: int, cache: Path,
                   progress: bool = False):
-    """The ID model that ``config.id_model`` names, fitted or read; ConfigError with what to do if it cannot be had."""
+    """The ID model that ``config.id_model`` names, fitted or read; ConfigError with what to do if it cannot be had.
+
+    cache: folder that keeps a trained SASRec, so that a resumed run and further processes have the same.
+    """
     name = config.id_model
     if name == "items":
         if items.id_vectors is None:
@@ -128,11 +133,10 @@ def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, s
         return MeanOfItems(torch.from_numpy(id_vectors(sequences, split, len(items), config.id_dim)))
     if name == "als":
         return Als.fit(sequences, split, len(items), config.id_dim, seed)
-    from ...baselines import SASRec, train_sasrec
+    from ...baselines import SASRec
 
     if name == "sasrec":
-        # on the CPU, as workers that make batches cannot use a GPU
-        return train_sasrec(Dataset(items, sequences, split), seed=seed, progress=progress).cpu()
+        return cached_sasrec(Dataset(items, sequences, split), seed, cache, progress)
     if not (Path(name) / "sasrec.json").is_file():
         raise ConfigError(f"model.id_model: got {name!r}; co_occurrence, als, sasrec, items or a folder with a saved "
                           "SASRec is needed")
@@ -141,6 +145,24 @@ def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, s
         raise ConfigError(f"model.id_model: {name} was trained on {model.items.num_embeddings:,} items, the data has "
                           f"{len(items):,}; train it on this data")
     return model
+
+
+def cached_sasrec(data: Dataset, seed: int, cache: Path, progress: bool = False):
+    """SASRec with its default settings, trained once for the same data and seed; on the CPU.
+
+    It stays there, as workers that make batches cannot use a GPU. Of several processes the first one trains.
+    """
+    from ...baselines import SASRec, SASRecConfig, train_sasrec
+    from ...baselines.sasrec_training import identity
+
+    key = json.dumps(identity(data, SASRecConfig(), seed), sort_keys=True)
+    folder = cache / "sasrec" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    together = dist.is_available() and dist.is_initialized()
+    if not (folder / "sasrec.json").is_file() and (not together or dist.get_rank() == 0):
+        train_sasrec(data, seed=seed, progress=progress, folder=folder)
+    if together:
+        dist.barrier()
+    return SASRec.load(folder)
 
 
 def save_id_model(model, folder: Path) -> None:

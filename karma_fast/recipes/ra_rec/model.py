@@ -70,9 +70,12 @@ class RaRecModel(Recommender):
         Args:
             config: see `RaRecConfig`.
             items, sequences, split: from `karma_fast.data.load_dataset`. Only the training part is read.
-            seed: of the new weights. device: default the GPU if there is one. cache: not used.
+            seed: of the new weights. device: default the GPU if there is one.
+            cache: folder for trained ID models; default the user's cache.
         """
-        id_model = make_id_model(config, items, sequences, split, seed, progress)
+        from ...data.assets import cache_dir
+
+        id_model = make_id_model(config, items, sequences, split, seed, Path(cache or cache_dir()), progress)
         backbone, tokenizer = load_backbone(config, device)
         torch.manual_seed(seed)
         model = cls(config, backbone, tokenizer, items, id_model)

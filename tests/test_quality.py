@@ -75,7 +75,8 @@ def test_rows_differ_from_their_parent_in_what_they_say(tiny, tmp_path):
     differ = {row.name: {key: value for key, value in configs[row.name].items()
                          if value != configs[row.parent][key]} for row in KARMA if row.parent}
     assert differ == {"B": {"gen_weight": 1.0}, "C": {"rec_weight": 1.0}, "D": {"gen_weight": 1.0, "rec_weight": 1.0},
-                      "E": {"vis_weight": 1.0}, "G": {}, "H": {}, "frozen": {"tuning": "frozen"}}
+                      "E": {"vis_weight": 1.0}, "G": {}, "H": {}, "frozen": {"tuning": "frozen"},
+                      "A-plain": {"history_shortcut": False}, "D-plain": {"history_shortcut": False}}
     assert configs["A"] | {"gen_weight": 1.0, "rec_weight": 1.0, "vis_weight": 1.0} == tiny.model.to_dict()
     assert {row.name: row.control for row in KARMA if row.control} == {
         "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts"}

@@ -51,7 +51,7 @@ class KarmaTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/karma")
     learning_rate: float = field(default=3e-4)
-    projection_learning_rate: float = field(default=1e-3)
+    projection_learning_rate: float = field(default=2e-4)  # the starting point is good: 1e-3 loses it
     lr_scheduler_type: str = field(default="cosine")
     warmup_steps: float = field(default=10)
     weight_decay: float = field(default=0.01)

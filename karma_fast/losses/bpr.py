@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .info_nce import batch_sizes, gather_rows
+from .scaled import ScaledLoss
 
 BLOCK_BYTES = 64 << 20  # of scores at a time
 
 
-class BPRLoss(nn.Module):
+class BPRLoss(ScaledLoss):
     r"""Each query's positive above every other item of the batch, pair by pair.
 
     .. math:: \ell_i = \frac{1}{|N_i|} \sum_{j \in N_i} -\ln \sigma(s (q_i \cdot k_i^+ - q_i \cdot k_j))
@@ -53,25 +52,8 @@ class BPRLoss(nn.Module):
 
     def __init__(self, scale: float = 1 / 0.07, learnable: bool = True, max_scale: float = 100.0, *,
                  gather: bool = False) -> None:
-        super().__init__()
-        if not 0 < scale <= max_scale < math.inf:
-            raise ValueError(f"scale: got {scale} with max_scale {max_scale}; 0 < scale <= max_scale is needed")
-        self.max_scale, self.gather = max_scale, gather
-        log_scale = torch.tensor(math.log(scale))
-        if learnable:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, one element, differentiable."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Brings s back to ``max_scale`` if a step took it above."""
-        self.log_scale.clamp_(max=math.log(self.max_scale))
+        super().__init__(scale, learnable, max_scale)
+        self.gather = gather
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor) -> Tensor:
         if query.ndim != 2 or key.ndim != 2 or query.shape[1] != key.shape[1]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from karma_kernels import info_nce
 from karma_kernels.info_nce import FLOATS, check_inputs
 from karma_kernels.numerics import compute_dtype
 
+from .scaled import ScaledLoss
 
-class InfoNCELoss(nn.Module):
+
+class InfoNCELoss(ScaledLoss):
     r"""Softmax cross-entropy of each query against the keys of the whole batch (in-batch negatives).
 
     .. math:: \ell_i = -\log \frac{\exp(s \, q_i \cdot k_{y_i} - \log Q_{y_i})}
@@ -87,26 +87,8 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, scale: float = 1 / 0.07, learnable: bool = True, max_scale: float = 100.0, *,
                  symmetric: bool = False, normalize: bool = True, gather: bool = False, backend: str = "auto") -> None:
-        super().__init__()
-        if not 0 < scale <= max_scale < math.inf:
-            raise ValueError(f"scale: got {scale} with max_scale {max_scale}; 0 < scale <= max_scale is needed")
-        self.learnable, self.max_scale = learnable, max_scale
+        super().__init__(scale, learnable, max_scale)
         self.symmetric, self.normalize, self.gather, self.backend = symmetric, normalize, gather, backend
-        log_scale = torch.tensor(math.log(scale))
-        if learnable:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
-
-    @property
-    def scale(self) -> Tensor:
-        """s, one element, differentiable."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Brings s back to ``max_scale`` if a step took it above."""
-        self.log_scale.clamp_(max=math.log(self.max_scale))
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None, query_ids: Tensor | None = None,
                 key_ids: Tensor | None = None, log_q: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ConfigError, KarmaConfig
+from ..config import KarmaConfig
 from ..data.batches import LATEST, DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
@@ -310,12 +310,7 @@ class KarmaModel(Recommender):
         config, items, features, weights = load_parts(folder, KarmaConfig.recipe)
         backbone, tokenizer = load_backbone(config, device)
         model = cls(config, backbone, tokenizer, items, ItemFeatures.from_tensors(features))
-        wanted = model.trained_names()
-        if set(weights) != wanted:
-            raise ConfigError(f"{folder}: its weights do not fit its config: missing "
-                              f"{sorted(wanted - set(weights))[:5]}, unknown {sorted(set(weights) - wanted)[:5]}")
-        model.load_state_dict(weights, strict=False)
-        return model.eval()
+        return model.with_weights(weights, folder)
 
     # ---- using ---------------------------------------------------------------------------------------------------
 

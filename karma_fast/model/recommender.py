@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..data.packing import Packed, TextTargets
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
@@ -103,6 +104,15 @@ class Recommender(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         names = self.trained_names()
         save_tensors({k: v for k, v in self.state_dict().items() if k in names}, folder / "model.safetensors")
+
+    def with_weights(self, weights: dict[str, Tensor], folder) -> Recommender:
+        """The model itself, ready to use, with what `save_weights` wrote; ConfigError if that does not fit."""
+        wanted = self.trained_names()
+        if set(weights) != wanted:
+            raise ConfigError(f"{folder}: its weights do not fit its config: missing "
+                              f"{sorted(wanted - set(weights))[:5]}, unknown {sorted(set(weights) - wanted)[:5]}")
+        self.load_state_dict(weights, strict=False)
+        return self.eval()
 
     def item_tensors(self) -> dict[str, Tensor]:
         """What `items.safetensors` holds: the items' frozen features."""

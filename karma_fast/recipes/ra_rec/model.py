@@ -217,12 +217,7 @@ class RaRecModel(Recommender):
         config, items, _, weights = load_parts(folder, RaRecConfig.recipe)
         backbone, tokenizer = load_backbone(config, device)
         model = cls(config, backbone, tokenizer, items, load_id_model(Path(folder) / ID_FOLDER))
-        wanted = model.trained_names()
-        if set(weights) != wanted:
-            raise ConfigError(f"{folder}: its weights do not fit its config: missing "
-                              f"{sorted(wanted - set(weights))[:5]}, unknown {sorted(set(weights) - wanted)[:5]}")
-        model.load_state_dict(weights, strict=False)
-        return model.eval()
+        return model.with_weights(weights, folder)
 
     # ---- using ---------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ def backward(model: Recommender, batch, *, scale: float = 1.0, llm_norms: bool =
             (found,) = gradients.add(name, [loss], [torch.full_like(loss, scale * model.loss.weights[name])], [u])
             if found is not None:  # a loss of the injected vectors alone has no gradient there
                 at_u[name] = at_u[name] + found if name in at_u else found
-            add_to(parts, name, loss.detach())
+            parts.add(name, loss.detach())
             del loss
     by_chunk = {name: g.split(sizes) for name, g in at_u.items()}
 
@@ -98,15 +98,10 @@ def backward(model: Recommender, batch, *, scale: float = 1.0, llm_norms: bool =
             if model.loss.wants("gen"):
                 weight = scale * model.loss.weights["gen"] / batch.num_texts
                 terms["gen"] = [gen], [torch.full_like(gen, weight)]
-                add_to(parts, "gen", gen.detach() / batch.num_texts)
+                parts.add("gen", gen.detach() / batch.num_texts)
             gradients.add_all(terms)
             del chunk_u, gen, terms
     return StepResult(parts, {name: g.norm() for name, g in at_u.items()}, gradients.norms())
-
-
-def add_to(parts: Terms, name: str, value: Tensor) -> None:
-    before = getattr(parts, name)
-    setattr(parts, name, value if before is None else before + value)
 
 
 class Gradients:

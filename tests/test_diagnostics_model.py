@@ -21,10 +21,11 @@ from karma_fast.diagnostics.columns import END, HISTORY, INJECTED, INSTRUCTION, 
 from karma_fast.diagnostics.decoder import FrozenDecoder, decoder_entries, trained_projection
 from karma_fast.diagnostics.entries import DEFINITIONS
 from karma_fast.diagnostics.perplexity import chosen_items, retained_perplexity, text_nats
-from karma_fast.diagnostics.states import Untuned, decoder_states
+from karma_fast.diagnostics.states import Untuned
 from karma_fast.evaluation.attention import attention_map
 from karma_fast.model.backbone import causal_lm
 from karma_fast.model.karma import KarmaModel
+from karma_fast.model.reading import decoder_states
 
 
 def built(config, data, cache, **changes) -> KarmaModel:
@@ -362,7 +363,7 @@ def test_texts_are_read_as_the_model_embeds_them(monkeypatch):
     """Gemma multiplies the rows of its table."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    monkeypatch.setattr("karma_fast.diagnostics.states.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.reading.compute_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
     model = GemmaForCausalLM(GemmaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

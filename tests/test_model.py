@@ -139,7 +139,7 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_and_all_gradients_equal_the_plain_step(tiny_config, tiny_data, tmp_path, checkpointing, monkeypatch):
-    monkeypatch.setattr("karma_fast.model.recommender.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.reading.compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
     model = build(tiny_config, tiny_data, tmp_path, gradient_checkpointing=checkpointing, decode_weight=1.0)
     assert causal_lm(model.backbone).config._attn_implementation == PACKED

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from karma_fast.config import DataConfig, KarmaConfig
 from karma_fast.data import load_dataset, training_windows
 from karma_fast.data.batches import log_sampling_probability
-from karma_fast.model import backbone, karma, recommender
+from karma_fast.model import backbone, karma, reading
 from karma_fast.processes import average_gradients
 from karma_fast.step import backward
 
 # float32, so that what is left of a difference is a fault and not rounding
-backbone.compute_dtype = recommender.compute_dtype = lambda device: torch.float32
+backbone.compute_dtype = reading.compute_dtype = lambda device: torch.float32
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 if processes > 1:
     dist.init_process_group("gloo")

@@ -24,7 +24,7 @@ from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     """So that what is left of a difference is a fault and not rounding."""
-    monkeypatch.setattr("karma_fast.model.recommender.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.reading.compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
 
 
@@ -353,13 +353,13 @@ import torch.distributed as dist
 
 from karma_fast.config import DataConfig
 from karma_fast.data import load_dataset
-from karma_fast.model import backbone, recommender
+from karma_fast.model import backbone, reading
 from karma_fast.processes import average_gradients
 from karma_fast.recipes.ra_rec import Config
 from karma_fast.recipes.ra_rec.model import RaRecModel
 from karma_fast.step import backward
 
-backbone.compute_dtype = recommender.compute_dtype = lambda device: torch.float32
+backbone.compute_dtype = reading.compute_dtype = lambda device: torch.float32
 processes, (settings, files) = int(sys.argv[2]), eval(Path("settings.txt").read_text())
 if processes > 1:
     dist.init_process_group("gloo")

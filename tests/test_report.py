@@ -456,7 +456,7 @@ def test_best_values_are_marked_in_every_column_ties_too(run):
 
 @pytest.fixture(params=["eager", "sdpa"])
 def model(request, monkeypatch, tiny_config, tiny_data, tmp_path):
-    for module in ("backbone", "recommender"):  # exact comparisons, whatever this CPU is fast at
+    for module in ("backbone", "reading"):  # exact comparisons, whatever this CPU is fast at
         monkeypatch.setattr(f"karma_fast.model.{module}.compute_dtype", lambda device: torch.float32)
     tiny_config.model.attention = request.param
     return KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, device="cpu",

@@ -20,7 +20,7 @@ TERMS = {"act": {"decode_weight": 0}, "gen": {"act_weight": 0, "rec_weight": 0, 
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    monkeypatch.setattr("karma_fast.model.recommender.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("karma_fast.model.reading.compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr("karma_fast.model.backbone.compute_dtype", lambda device: torch.float32)
 
 

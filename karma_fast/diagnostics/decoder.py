@@ -19,9 +19,9 @@ from ..data.batches import Prompts
 from ..losses import frozen_decoder_loss, text_loss, text_losses
 from ..model.backbone import causal_lm
 from ..model.initialise import part_means, ridge
+from ..model.reading import decoder_states, logits
 from ..model.soft_prompt import SoftPromptProjection
 from .entries import entry, mean_entry
-from .states import decoder_states, logits
 
 if TYPE_CHECKING:
     from ..model.karma import KarmaModel

@@ -12,8 +12,9 @@ import torch
 from ..data.schema import Dataset
 from ..losses import text_losses
 from ..model.backbone import causal_lm
+from ..model.reading import logits
 from .entries import entry
-from .states import Untuned, logits, text_states
+from .states import Untuned, text_states
 
 if TYPE_CHECKING:
     from ..model.karma import KarmaModel

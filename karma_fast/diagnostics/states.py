@@ -12,30 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.packing import TEXT, Packed
-from ..model.backbone import adapters_off, as_embedded, causal_lm, compute_dtype, load_backbone, token_logits
-from ..model.packed_attention import run_packed
+from ..model.backbone import adapters_off, causal_lm, load_backbone
+from ..model.reading import decoder_states
 
 if TYPE_CHECKING:
     from ..model.karma import KarmaModel
     from .plain import PlainModel
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    dtype = compute_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def decoder_states(backbone: nn.Module, embeds: Tensor, tokens: Packed) -> Tensor:
-    """(N, hidden) inputs -> (N, hidden) last states of each sequence."""
-    model = causal_lm(backbone)
-    with autocast(embeds.device):
-        return run_packed(model, as_embedded(model, embeds), tokens)
-
-
-def logits(backbone: nn.Module, states: Tensor) -> Tensor:
-    """(n, hidden) -> (n, V) float32."""
-    with autocast(states.device):
-        return token_logits(causal_lm(backbone), states)
 
 
 @torch.no_grad()

@@ -12,6 +12,11 @@ class Terms:
     def present(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def add(self, name: str, value: Tensor) -> None:
+        """Another part of a term."""
+        before = getattr(self, name)
+        setattr(self, name, value if before is None else before + value)
+
 
 class WeightedLoss(nn.Module):
     """The sum of weighted terms. Children name the dataclass of their terms as ``parts``.

@@ -21,6 +21,7 @@ from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backb
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
 from .initialise import DECAY, item_projection, latest_mean, part_means, ridge
+from .reading import autocast
 from .recommender import Recommender
 from .soft_prompt import SoftPromptProjection
 from .storage import load_parts
@@ -228,8 +229,7 @@ class KarmaModel(Recommender):
         u = torch.cat([u for u, _ in read])
         parts = LossParts()
         for name, loss_of in self.embedding_losses(u, batch):
-            before = getattr(parts, name)
-            setattr(parts, name, loss_of() if before is None else before + loss_of())
+            parts.add(name, loss_of())
         if self.loss.wants("gen"):
             parts.gen = torch.stack([gen for _, gen in read]).sum() / batch.num_texts
         # a batch may have nothing for the terms that are wanted
@@ -334,7 +334,7 @@ class KarmaModel(Recommender):
         training = self.training
         self.eval()
         soft = as_embedded(model, self.decode_projection(u.to(self.device)))
-        with adapters_off(self.backbone), self._autocast():
+        with adapters_off(self.backbone), autocast(self.device):
             # a config of our own, as a model's may ask for sampling or penalties
             greedy = GenerationConfig(max_new_tokens=max_new_tokens or self.config.max_text_tokens, do_sample=False,
                                       use_cache=True, eos_token_id=self.tokenizer.eos_token_id,

@@ -16,8 +16,8 @@ from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
 from ..losses import WeightedLoss, text_loss
-from .backbone import as_embedded, causal_lm, compute_dtype, token_logits
-from .packed_attention import run_packed
+from .backbone import causal_lm
+from .reading import decoder_states, logits
 from .storage import save_model, save_tensors
 
 if TYPE_CHECKING:
@@ -63,14 +63,9 @@ class Recommender(nn.Module):
         """
         raise NotImplementedError
 
-    def _autocast(self):
-        dtype = compute_dtype(self.device)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
     def _decoder_states(self, inputs_embeds: Tensor, tokens: Packed) -> Tensor:
         """(N, hidden) rows of the embedding table, or what stands for such -> (N, hidden) last states."""
-        with self._autocast():
-            return run_packed(causal_lm(self.backbone), as_embedded(causal_lm(self.backbone), inputs_embeds), tokens)
+        return decoder_states(self.backbone, inputs_embeds, tokens)
 
     def _embedding_table(self) -> Tensor:
         return causal_lm(self.backbone).get_input_embeddings().weight
@@ -88,8 +83,7 @@ class Recommender(nn.Module):
                          frozen=not self.head_is_trained)
 
     def _logits(self, states: Tensor) -> Tensor:
-        with self._autocast():
-            return token_logits(causal_lm(self.backbone), states)
+        return logits(self.backbone, states)
 
     # ---- saving --------------------------------------------------------------------------------------------------
 

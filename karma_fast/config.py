@@ -120,13 +120,14 @@ class ModelConfig(Section):
     max_query_tokens: int = 32
     instruction: str = "The user chose, oldest first:"
     id_dim: int = 128  # width of the ID vectors made from the training part; 0: none
+    id_window: int = 20  # events of a user that are at most so far apart count as neighbours in the ID vectors
     init_scale: float = 1 / 0.07  # of the inner products in the loss
     learnable_scale: bool = True
     max_scale: float = 100.0
     index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
 
     def __post_init__(self) -> None:
-        self.at_least(1, "max_history")
+        self.at_least(1, "max_history", "id_window")
         self.at_least(0, "id_dim", "max_query_tokens")
         require(0 < self.init_scale <= self.max_scale,
                 f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
@@ -162,9 +163,11 @@ class KarmaConfig(ModelConfig):
     mid_features: int | None = None  # middle width of the soft-prompt projections; None: their input's width
     num_soft_tokens: int = 4  # K, soft tokens through which L_rec decodes an interest embedding
     positions: Literal["last", "all"] = "all"
-    history_shortcut: bool = True  # u also gets a learned mean of the latest items' embeddings, past the LLM
+    history_shortcut: bool = True  # u also gets a learned mean of the latest items, past the LLM
     max_text_tokens: int = 24  # of the target's text in L_gen and L_rec
-    item_instruction: str = ""  # put before an item's text when it is encoded to a vector
+    text_vectors: Literal["states", "words", "both"] = "states"  # of items' texts: the LLM's states, TF-IDF, or both
+    word_dim: int = 256  # width of the TF-IDF vectors
+    item_instruction: str = ""  # put before an item's text when the language model makes its vector
 
     act_weight: float = 1.0
     decode_weight: float = 0.1  # lambda
@@ -179,7 +182,8 @@ class KarmaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "embedding_dim", "max_text_tokens", "num_soft_tokens", "lora_rank", "decode_positions")
+        self.at_least(1, "embedding_dim", "max_text_tokens", "num_soft_tokens", "lora_rank", "decode_positions",
+                      "word_dim")
         self.at_least(0, "act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight",
                       "decoder_warmup_steps")
         require(self.act_weight > 0 or (self.decode_weight > 0 and max(self.gen_weight, self.rec_weight,

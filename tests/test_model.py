@@ -11,6 +11,7 @@ from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
 from karma_fast.data.schema import Items, Sequences, Split
+from karma_fast.data.words import word_vectors
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
 from karma_fast.model.backbone import adapters_off, causal_lm
@@ -56,7 +57,7 @@ def reached(model: KarmaModel, loss: torch.Tensor) -> dict[str, bool]:
     loss.backward()
     groups = {"lora": "lora_", "P_in": "history_projection", "W_o": "interest_projection", "W_e": "item_projection",
               "P_rec": "decode_projection", "g": "image_head", "emb": "emb_token", "scale": "log_scale",
-              "shortcut": "shortcut", "ages": "age_logits"}
+              "shortcut": "shortcut.gain", "W_s": "shortcut.projection", "ages": "age_logits"}
     out = {}
     for group, part in groups.items():
         grads = [p.grad for n, p in model.named_parameters() if part in n]
@@ -71,17 +72,17 @@ def test_each_loss_reaches_exactly_its_parameters(tiny_config, tiny_data, tmp_pa
     model = build(tiny_config, tiny_data, tmp_path, with_images(tiny_data.items), gradient_checkpointing=checkpointing)
     model.train()
     output = model(batch_of(model, tiny_data))
-    base = {"lora": True, "P_in": True, "W_o": True, "W_e": True, "P_rec": False, "g": False, "emb": True,
-            "scale": False, "shortcut": True, "ages": True}
-    expected = {"act": base | {"scale": True},
-                "gen": base | {"W_o": False, "W_e": False, "shortcut": False, "ages": False},
+    base = {"lora": True, "P_in": True, "W_o": True, "W_e": False, "P_rec": False, "g": False, "emb": True,
+            "scale": False, "shortcut": True, "W_s": True, "ages": True}
+    expected = {"act": base | {"scale": True, "W_e": True},
+                "gen": base | {"W_o": False, "shortcut": False, "W_s": False, "ages": False},
                 "rec": base | {"P_rec": True},
                 "vis": base | {"g": True}}
     parts = output.parts.present()
     assert set(parts) == set(expected)
     without = build(tiny_config, tiny_data, tmp_path, history_shortcut=False, gradient_checkpointing=checkpointing)
     found = reached(without, without(batch_of(without, tiny_data)).parts.rec)
-    assert not found["W_e"] and found["W_o"] and not hasattr(without, "shortcut")
+    assert not found["W_e"] and found["W_o"] and without.shortcut is None
     for name in expected:
         fresh = model(batch_of(model, tiny_data)).parts.present()[name]
         assert reached(model, fresh) == expected[name], name
@@ -111,14 +112,15 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
         seen = []
         for place, slot in enumerate(slots[0].tolist(), start):
             if slot >= 0:
-                seen.insert(0, model.item_embeddings(chunk.history_items[slot:slot + 1])[0])
+                features = model.features(chunk.history_items[slot:slot + 1])[0]
+                seen.insert(0, torch.nn.functional.normalize(model.shortcut.projection(features), dim=0))
             if seen:
-                ages = model.age_logits.softmax(0)[:len(seen)]
+                ages = model.shortcut.age_logits.softmax(0)[:len(seen)]
                 means[place] = sum(w * e for w, e in zip(ages / ages.sum(), seen, strict=False))
         start += len(slots[0])
     means = torch.stack([means[place] for place in chunk.pairs.tolist()])
     u = torch.nn.functional.normalize(model.interest_projection(torch.cat(states)[chunk.pairs])
-                                      + model.shortcut * means, dim=-1)
+                                      + model.shortcut.gain * means, dim=-1)
     e = model.item_embeddings(batch.keys)
     logits = u @ e.T * model.loss.contrastive.scale - batch.log_q
     repeats = (batch.keys[:len(u), None] == batch.keys) & ~torch.eye(len(u), len(e), dtype=torch.bool)
@@ -233,6 +235,32 @@ def test_items_without_vectors_share_a_learned_one(tiny_config, tiny_data, tmp_p
     torch.testing.assert_close(z[1, text:text + image], model.features.missing["image"])
     z.sum().backward()
     assert model.features.missing["text"].grad is not None
+
+
+@pytest.mark.parametrize(("chosen", "kinds"), [("states", ["text", "id"]), ("words", ["words", "id"]),
+                                              ("both", ["text", "words", "id"])])
+def test_text_vectors_are_the_chosen_ones(tiny_config, tiny_data, tmp_path, chosen, kinds):
+    model = build(tiny_config, tiny_data, tmp_path, text_vectors=chosen, word_dim=6)
+    assert model.features.kinds == kinds
+    if "words" in kinds:
+        found = word_vectors(tiny_data.items.texts, 6)
+        length = np.sqrt(np.square(found - found.mean(axis=0)).sum(axis=1).mean())
+        np.testing.assert_allclose(model.features.words, (found - found.mean(axis=0)) / length, rtol=1e-4, atol=1e-5)
+    model(batch_of(model, tiny_data)).loss.backward()
+    assert (model.item_projection.weight.grad.abs().sum(dim=0) > 0).all()  # of every kind
+    model.save_pretrained(tmp_path / "model")
+    again = KarmaModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again.encode_items(), model.encode_items())
+
+
+def test_the_window_of_id_vectors_is_a_setting(tiny_config, tiny_data, tmp_path):
+    near = build(tiny_config, tiny_data, tmp_path, id_window=1).features
+    width = tiny_config.model.id_dim
+    one, twenty = (id_vectors(tiny_data.sequences, tiny_data.split, len(tiny_data.items), width, window=window)
+                   for window in (1, 20))
+    present = ~np.isnan(one).any(axis=1)
+    assert not np.allclose(one[present], twenty[present])
+    np.testing.assert_allclose(near.id[near.id_present], one[present], rtol=1e-5)  # unit rows stay as they are
 
 
 def test_id_vectors_never_see_held_out_events(tiny_data):

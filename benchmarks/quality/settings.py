@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ REQUEST_SEED = 0
 class DataSet:
     """short_history: events before a request up to which its user counts as cold.
 
-    pairs, steps: of the reduced size.
+    pairs, steps: of the reduced size. model, training: settings that this data set has for itself, whatever the size;
+    chosen on validation requests.
     """
 
     name: str
@@ -33,6 +34,8 @@ class DataSet:
     pairs: int
     steps: int
     queries: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def config(self, source: Path | None = None) -> DataConfig:
         """Where the data is; Beauty is converted from ``source`` if it has not been. DataError says what to do."""
@@ -51,9 +54,11 @@ class DataSet:
                           text_columns=["title", "brand", "categories"])
 
 
+# few events an item: words tell more than counts, near neighbours more than far ones, and few steps must go far
+BEAUTY = {"text_vectors": "both", "id_window": 3, "embedding_dim": 768}
 DATA: dict[str, DataSet] = {data.name: data for data in (
-    DataSet("beauty", 4, "all", 384, 100),
-    DataSet("beauty-queries", 4, "last", 96, 60, queries=True),
+    DataSet("beauty", 4, "all", 1024, 128, model=BEAUTY, training={"projection_learning_rate": 1e-3}),
+    DataSet("beauty-queries", 4, "last", 96, 60, queries=True, model=BEAUTY),
     DataSet("ml-100k", 30, "all", 640, 100),
 )}
 
@@ -89,7 +94,8 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
     if size == "reduced":
         values["training"] |= {"max_steps": data.steps, "batch_size": data.pairs}
     if kind == "karma":
-        values["model"]["positions"] = data.positions
+        values["model"] |= {"positions": data.positions} | data.model
+        values["training"] |= data.training
     else:
         values["model"] = {name: values["model"][name] for name in ("backbone", "quantization")}
         values["training"] |= RA_REC[size]

@@ -141,7 +141,10 @@ class UsualModel(nn.Module):
         self.emb_token = nn.Parameter(torch.zeros(hidden))
         self.log_scale = nn.Parameter(torch.zeros(()))
         if config.history_shortcut:
-            self.shortcut, self.age_logits = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(LATEST))
+            self.shortcut = nn.Module()
+            self.shortcut.projection = nn.Linear(width, config.embedding_dim, bias=False)
+            self.shortcut.gain = nn.Parameter(torch.zeros(()))
+            self.shortcut.age_logits = nn.Parameter(torch.zeros(LATEST))
         if config.weight("rec") > 0:
             self.decode_projection = ItemProjection(config.embedding_dim, config.mid_features or config.embedding_dim,
                                                     hidden, config.num_soft_tokens)
@@ -165,7 +168,7 @@ class UsualModel(nn.Module):
             queries.append(state[emb:emb + 1])
         u = self.interest_projection(torch.cat(queries).float())
         if config.history_shortcut:
-            u = u + self.shortcut * torch.cat([self.latest_mean(history) for history in histories])
+            u = u + self.shortcut.gain * torch.cat([self.latest_mean(history) for history in histories])
         u = F.normalize(u, dim=-1)
         parts = {}
         if config.weight("act") > 0:
@@ -182,12 +185,12 @@ class UsualModel(nn.Module):
         return {"loss": sum(config.weight(name) * value for name, value in parts.items()), **parts}
 
     def latest_mean(self, history: Tensor) -> Tensor:
-        """(H,) items -> a mean of the latest items' embeddings for each query of the window."""
+        """(H,) items -> a mean of the latest items for each query of the window."""
         if not len(history):
-            return self.shortcut.new_zeros(1, self.config.embedding_dim)
-        e = F.normalize(self.item_projection(self.features(history)), dim=-1)
+            return self.shortcut.gain.new_zeros(1, self.config.embedding_dim)
+        e = F.normalize(self.shortcut.projection(self.features(history)), dim=-1)
         age = torch.arange(len(e), device=e.device)[:, None] - torch.arange(len(e), device=e.device)
-        weights = torch.where((age >= 0) & (age < LATEST), self.age_logits.exp()[age.clamp(0, LATEST - 1)], 0)
+        weights = torch.where((age >= 0) & (age < LATEST), self.shortcut.age_logits.exp()[age.clamp(0, LATEST - 1)], 0)
         means = (weights / weights.sum(dim=1, keepdim=True)) @ e
         return means if self.config.positions == "all" else means[-1:]
 

@@ -6,11 +6,12 @@ A scorer is a function of histories, an (R, N) scipy.sparse matrix with the weig
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from ..data.words import tf_idf_vectors
 
 Scorer = Callable[[Any], np.ndarray]
 
@@ -50,24 +51,13 @@ def item_knn(matrix: Any) -> Scorer:
 def tf_idf(texts: Sequence[str]) -> Scorer:
     """Score: sum over the history of the cosine of the texts' TF-IDF vectors.
 
-    Words are runs of letters and digits in lower case, weighted by count times ``log((1 + N) / (1 + texts)) + 1``.
+    See :func:`karma_fast.data.words.tf_idf_vectors`.
 
     >>> from scipy import sparse
     >>> tf_idf(["red shoe", "tea", "Red"])(sparse.csr_matrix([[0.0, 0.0, 1.0]])).round(4)
     array([[0.6053, 0.    , 1.    ]], dtype=float32)
     """
-    from scipy import sparse
-
-    words: dict[str, int] = {}
-    lists = [[words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())] for text in texts]
-    indptr = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
-    columns = np.concatenate([np.asarray(part, np.int64) for part in lists])
-    vectors = sparse.csr_matrix((np.ones(len(columns)), columns, indptr), shape=(len(texts), len(words)))
-    vectors.sum_duplicates()
-    frequency = np.bincount(vectors.indices, minlength=len(words))
-    vectors = vectors @ sparse.diags(np.log((1 + len(texts)) / (1 + frequency)) + 1)
-    length = np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1)).reshape(-1))
-    vectors = (sparse.diags(1 / np.where(length > 0, length, 1)) @ vectors).tocsr()
+    vectors = tf_idf_vectors(texts)
     back = vectors.T.tocsr()
     return lambda history: ((history @ vectors) @ back).toarray().astype(np.float32)
 

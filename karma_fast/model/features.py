@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backbone import adapters_off, causal_lm
 
-KINDS = ("text", "image", "id")
+KINDS = ("text", "words", "image", "id")
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ class ItemFeatures(nn.Module):
     """z_i: the vectors an item has, side by side, each kind centred and scaled to a mean square norm of 1.
 
     Args:
-        vectors: for some of "text", "image", "id", an (N, d) float array with NaN rows where an item has none.
+        vectors: for some of ``KINDS``, an (N, d) float array with NaN rows where an item has none.
 
     An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) catalogue indices;
     gives (n, width) float32.

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..data.batches import LATEST
 from .features import ItemFeatures
 
-SHARES = {"id": 0.8, "text": 0.2, "image": 0.2}  # of the inner product of two embeddings at the start; ours
+# of the inner product of two embeddings at the start; ours
+SHARES = {"id": 0.8, "words": 0.5, "text": 0.2, "image": 0.2}
 DECAY = 0.7  # weight of an item by age at the start
 
 

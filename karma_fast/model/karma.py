@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,17 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import KarmaConfig
-from ..data.batches import LATEST, DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
+from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import training_windows
+from ..data.words import word_vectors
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
 from .id_vectors import id_vectors
-from .initialise import DECAY, item_projection, latest_mean, part_means, ridge
+from .initialise import item_projection, latest_mean, part_means, ridge
 from .reading import autocast
 from .recommender import Recommender
+from .shortcut import HistoryShortcut
 from .soft_prompt import SoftPromptProjection
 from .storage import load_parts
 
@@ -57,9 +58,6 @@ class KarmaModel(Recommender):
         self.history_projection = SoftPromptProjection(features.width, hidden, mid_features=config.mid_features,
                                                        token_norm=norm)  # P_in
         self.interest_projection = nn.Linear(hidden, config.embedding_dim, bias=False)  # W_o
-        if config.history_shortcut:
-            self.shortcut = nn.Parameter(torch.ones(()))
-            self.age_logits = nn.Parameter(torch.arange(LATEST) * math.log(DECAY))
         self.emb_token = nn.Parameter(F.normalize(torch.randn(hidden), dim=0) * norm)
         if config.weight("rec") > 0:
             self.decode_projection = SoftPromptProjection(config.embedding_dim, hidden, config.num_soft_tokens,
@@ -68,6 +66,8 @@ class KarmaModel(Recommender):
         if config.weight("vis") > 0 and "image" in features.kinds:
             self.image_head = nn.Sequential(nn.Linear(config.embedding_dim, config.embedding_dim), nn.GELU(),
                                             nn.Linear(config.embedding_dim, features.widths["image"]))
+        # last, so that what models with and without it share begins with the same random numbers
+        self.shortcut = HistoryShortcut(features.width, config.embedding_dim) if config.history_shortcut else None
         gather = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.loss = KarmaLoss(
             config.act_weight, config.gen_weight, config.rec_weight, config.vis_weight, config.decode_weight,
@@ -95,7 +95,9 @@ class KarmaModel(Recommender):
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
         vectors = {}
-        if any(items.texts):
+        if any(items.texts) and config.text_vectors != "states":
+            vectors["words"] = word_vectors(items.texts, config.word_dim)
+        if any(items.texts) and config.text_vectors != "words":
             key = f"{identity(name)} {config.quantization}"
             vectors["text"] = cached_text_vectors(items.texts, backbone, tokenizer, key, cache or cache_dir(),
                                                   config.item_instruction, progress)
@@ -104,7 +106,7 @@ class KarmaModel(Recommender):
         if items.id_vectors is not None:
             vectors["id"] = items.id_vectors
         elif config.id_dim > 0:
-            vectors["id"] = id_vectors(sequences, split, len(items), config.id_dim)
+            vectors["id"] = id_vectors(sequences, split, len(items), config.id_dim, config.id_window)
         model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors))
         model.set_starting_point(sequences, split, seed)
         if config.decoder_warmup_steps and model.decode_projection is not None:
@@ -116,6 +118,8 @@ class KarmaModel(Recommender):
                            num_windows: int = 192) -> None:
         """W_e from the features, W_o by regression to the latest items' mean; see `karma_fast.model.initialise`."""
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
+        if self.shortcut is not None:
+            self.shortcut.projection.weight.copy_(self.item_projection.weight)
         if self.decode_projection is not None:
             self._start_decoder(seed)
         starts, ends = training_windows(sequences, split, self.config.max_history, "all")
@@ -137,7 +141,7 @@ class KarmaModel(Recommender):
                 weights.append(torch.tensor([1.0] * len(history) + [float(len(history))]))
         states, targets, weights = torch.cat(states), torch.cat(targets).to(self.device), torch.cat(weights)
         self.interest_projection.weight.copy_(ridge(states, targets, weights.to(self.device)))
-        if self.config.history_shortcut:
+        if self.shortcut is not None:
             self.interest_projection.weight.mul_(BESIDE_SHORTCUT)
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
@@ -205,16 +209,9 @@ class KarmaModel(Recommender):
     def interest(self, states: Tensor, chunk: PromptChunk) -> Tensor:
         """(P, hidden) states of a chunk's pairs -> (P, d_e) unit vectors, float32."""
         u = self.interest_projection(states.float())
-        if self.config.history_shortcut and len(chunk.history_items):
-            u = u + self.shortcut * self.mean_of_latest(chunk)
+        if self.shortcut is not None:
+            u = u + self.shortcut(self.features(chunk.history_items), chunk.latest)
         return F.normalize(u, dim=-1)
-
-    def mean_of_latest(self, chunk: PromptChunk) -> Tensor:
-        """(P, d_e): means of the latest items' embeddings with learned weights by age; 0 where no item was seen."""
-        rows, e = chunk.latest, self.item_embeddings(chunk.history_items)
-        weights = (self.age_logits.exp() * (rows >= 0)).float()
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
-        return torch.einsum("pa,pad->pd", weights, F.embedding(rows.clamp_min(0), e))
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """(n,) catalogue indices -> (n, d_e) unit vectors, float32."""

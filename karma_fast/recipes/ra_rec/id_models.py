@@ -130,7 +130,8 @@ def make_id_model(config: RaRecConfig, items: Items, sequences: UserSequences, s
                               "data.id_vector_column, or take co_occurrence")
         return MeanOfItems(torch.from_numpy(items.id_vectors))
     if name == "co_occurrence":
-        return MeanOfItems(torch.from_numpy(id_vectors(sequences, split, len(items), config.id_dim)))
+        return MeanOfItems(torch.from_numpy(id_vectors(sequences, split, len(items), config.id_dim,
+                                                       config.id_window)))
     if name == "als":
         return Als.fit(sequences, split, len(items), config.id_dim, seed)
     from ...baselines import SASRec

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.quality import __main__ as main
 from benchmarks.quality import controls, settings
@@ -75,11 +76,12 @@ def test_rows_differ_from_their_parent_in_what_they_say(tiny, tmp_path):
     differ = {row.name: {key: value for key, value in configs[row.name].items()
                          if value != configs[row.parent][key]} for row in KARMA if row.parent}
     assert differ == {"B": {"gen_weight": 1.0}, "C": {"rec_weight": 1.0}, "D": {"gen_weight": 1.0, "rec_weight": 1.0},
-                      "E": {"vis_weight": 1.0}, "G": {}, "H": {}, "frozen": {"tuning": "frozen"},
+                      "E": {"vis_weight": 1.0}, "G": {}, "H": {},
+                      "frozen": {"tuning": "frozen"}, "no-llm": {"tuning": "frozen"},
                       "A-plain": {"history_shortcut": False}, "D-plain": {"history_shortcut": False}}
     assert configs["A"] | {"gen_weight": 1.0, "rec_weight": 1.0, "vis_weight": 1.0} == tiny.model.to_dict()
     assert {row.name: row.control for row in KARMA if row.control} == {
-        "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts"}
+        "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts", "no-llm": "NoLanguageModel"}
     assert len({json.dumps(config_of(row, tiny, 3, tmp_path).training) for row in KARMA}) == 1
     assert "synthetic" in ROWS["E"].label and "synthetic" in ROWS["E"].differs
 
@@ -141,6 +143,12 @@ def test_queries_of_beauty_take_the_last_position(tmp_path, monkeypatch):
         config = base_config(DATA[name], "full", DataConfig(name="ml-100k"))
         assert config.model.positions == ("last" if DATA[name].queries else "all")
         assert config.training["batch_size"] == 4096
+        # settings of the data set's own, which --set still changes
+        assert (config.model.id_window, config.model.text_vectors, config.model.embedding_dim) == (3, "both", 768)
+        changed = base_config(DATA[name], "reduced", DataConfig(name="ml-100k"), {"model.id_window": "5"})
+        assert (changed.model.id_window, changed.model.text_vectors) == (5, "both")
+        other = base_config(DATA["ml-100k"], "full", DataConfig(name="ml-100k"))
+        assert (other.model.id_window, other.model.text_vectors) == (20, "states")
 
 
 # ---- controls ------------------------------------------------------------------------------------------------------
@@ -163,6 +171,21 @@ def test_stop_gradient_trains_the_decoder_alone(chunk_size, tiny, tiny_data, tmp
             torch.testing.assert_close(p.grad, without[name].grad)
             reached += not torch.allclose(p.grad, theirs[name].grad)
     assert reached > 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_no_language_model_reads_no_state(chunk_size, tiny, tiny_data, tmp_path, monkeypatch):
+    model, usual = made("no-llm", tiny, tiny_data, tmp_path), made("frozen", tiny, tiny_data, tmp_path)
+    theirs = usual.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+    batch = batch_of(model, tiny_data, chunk_size=chunk_size)
+    expected = torch.cat([F.normalize(usual.shortcut(usual.features(chunk.history_items), chunk.latest), dim=-1)
+                          for chunk in batch.prompts])
+    monkeypatch.setattr(model, "_prompt_states", None)  # the language model is not even called
+    torch.testing.assert_close(model(batch).u, expected)
+    backward(model, batch)
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0}
+    assert {name.partition(".")[0] for name in learning} == {"item_projection", "shortcut", "loss"}
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karma_fast.data.batches import DecodeChunk, KarmaBatch, KarmaCollator
+from karma_fast.data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
 
@@ -34,6 +34,14 @@ class StopGradient(KarmaModel):
 
     def reconstruction_loss(self, u: Tensor, chunk: DecodeChunk) -> Tensor:
         return super().reconstruction_loss(_Blocked.apply(u), chunk)
+
+
+class NoLanguageModel(KarmaModel):
+    """u from the shortcut alone: what the same data, losses and steps give without any language model."""
+
+    def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
+        states = torch.zeros(len(chunk.pairs), self.interest_projection.in_features, device=self.device)
+        return self.interest(states, chunk), states.new_zeros(())
 
 
 class ShuffledTexts(KarmaModel):

@@ -27,7 +27,7 @@ class Row:
     differs: str = ""
     parent: str = ""
     model: dict[str, Any] = field(default_factory=dict)
-    control: Literal["", "StopGradient", "ShuffledTexts", "ImageTargets"] = ""
+    control: Literal["", "StopGradient", "ShuffledTexts", "ImageTargets", "NoLanguageModel"] = ""
     queries: bool = False
 
     @property
@@ -58,6 +58,8 @@ ROWS: dict[str, Row] = {row.name: row for row in [
         ACT_ALONE | {"history_shortcut": False}),
     Row("D-plain", "karma", "D, no shortcut", "u from the language model's state alone", "D",
         ACT_ALONE | {"gen_weight": 1.0, "rec_weight": 1.0, "history_shortcut": False}),
+    Row("no-llm", "karma", "L_act, no language model", "control: u from the shortcut alone", "A",
+        ACT_ALONE | {"tuning": "frozen"}, "NoLanguageModel"),
     Row("frozen", "karma", "L_act, LLM frozen", "trains the projections alone", "A", ACT_ALONE | {"tuning": "frozen"}),
     Row("ra-rec", "ra_rec", "RA-Rec", "reads titles and injected ID vectors, language model frozen; steps of its own"),
     Row("ra-rec-input", "ra_rec", "RA-Rec, vectors at the input alone", "no injection into the layers", "ra-rec",

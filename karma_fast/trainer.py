@@ -32,6 +32,8 @@ from .processes import average_gradients
 from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
 LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
+FEW, FEW_RATE = 16, 10  # parameters of so few numbers (scales, gains, weights of ages) are of order 1, and take steps
+# so many times as long as matrices, whose entries are far smaller
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
 
@@ -39,7 +41,8 @@ COMPLETE = "complete"  # an empty file that says a checkpoint was written to its
 class KarmaTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with defaults for KARMA and a few settings of its own.
 
-    learning_rate is for the language model (adapters), projection_learning_rate for everything else.
+    learning_rate is for the language model (adapters), projection_learning_rate for everything else; learned scales,
+    gains and weights of ages take ten times the latter.
     batch_size: query-target pairs that compete in a step, over all processes; the number of windows a process takes
     (per_device_train_batch_size) follows from it. None: per_device_train_batch_size windows.
     chunk_size: windows that a process's language model holds in memory at once; None: all of its batch. It changes
@@ -222,13 +225,13 @@ class KarmaTrainer(Trainer):
             for p in self.model.parameters():
                 if p.requires_grad:
                     # scales, gains and learned vectors are not pulled to 0
-                    groups[id(p) in backbone, p.ndim > 1].append(p)
+                    groups[id(p) in backbone, p.ndim > 1, p.numel() <= FEW].append(p)
             rates = {True: self.args.learning_rate, False: self.args.projection_learning_rate}
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
-            self.optimizer = kind([{"params": params, "lr": rates[is_backbone],
+            self.optimizer = kind([{"params": params, "lr": rates[is_backbone] * (FEW_RATE if few else 1),
                                     "weight_decay": self.args.weight_decay if decayed else 0.0}
-                                   for (is_backbone, decayed), params in groups.items()],
+                                   for (is_backbone, decayed, few), params in groups.items()],
                                   lr=self.args.learning_rate, **options)
         return self.optimizer
 

@@ -55,7 +55,7 @@ class DataSet:
 
 
 # few events an item: words tell more than counts, near neighbours more than far ones, and few steps must go far
-BEAUTY = {"text_vectors": "both", "id_window": 3, "embedding_dim": 768}
+BEAUTY = {"text_vectors": "words", "id_window": 3, "embedding_dim": 512}
 DATA: dict[str, DataSet] = {data.name: data for data in (
     DataSet("beauty", 4, "all", 1024, 128, model=BEAUTY, training={"projection_learning_rate": 1e-3}),
     DataSet("beauty-queries", 4, "last", 96, 60, queries=True, model=BEAUTY),

@@ -32,8 +32,8 @@ from .processes import average_gradients
 from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
 LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
-FEW, FEW_RATE = 16, 10  # parameters of so few numbers (scales, gains, weights of ages) are of order 1, and take steps
-# so many times as long as matrices, whose entries are far smaller
+OF_ORDER_ONE = ("log_scale", "gain", "age_logits")  # parameters, by the last part of their name
+LONGER_STEPS = 10  # they take, as matrices' entries are far smaller and rates fit for those hardly move them
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
 
@@ -222,16 +222,16 @@ class KarmaTrainer(Trainer):
         if self.optimizer is None:
             backbone = {id(p) for p in self.model.backbone.parameters()}
             groups = defaultdict(list)
-            for p in self.model.parameters():
+            for name, p in self.model.named_parameters():
                 if p.requires_grad:
                     # scales, gains and learned vectors are not pulled to 0
-                    groups[id(p) in backbone, p.ndim > 1, p.numel() <= FEW].append(p)
+                    groups[id(p) in backbone, p.ndim > 1, name.split(".")[-1] in OF_ORDER_ONE].append(p)
             rates = {True: self.args.learning_rate, False: self.args.projection_learning_rate}
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
-            self.optimizer = kind([{"params": params, "lr": rates[is_backbone] * (FEW_RATE if few else 1),
+            self.optimizer = kind([{"params": params, "lr": rates[is_backbone] * (LONGER_STEPS if longer else 1),
                                     "weight_decay": self.args.weight_decay if decayed else 0.0}
-                                   for (is_backbone, decayed, few), params in groups.items()],
+                                   for (is_backbone, decayed, longer), params in groups.items()],
                                   lr=self.args.learning_rate, **options)
         return self.optimizer
 

@@ -279,6 +279,21 @@ def test_arguments_and_protocol(tiny_data, tmp_path):
     assert "leave one out" in line.lower()
 
 
+def test_each_parameter_has_its_rate(tiny_config, tiny_data, tmp_path):
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, learning_rate=3e-4,
+                         projection_learning_rate=2e-4, weight_decay=0.1)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in trainer.create_optimizer().param_groups
+             for p in group["params"]}
+    named = {name: rates.pop(id(p)) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not rates
+    of_order_one = {"shortcut.gain", "shortcut.age_logits", "loss.contrastive.log_scale"}
+    for name, found in named.items():
+        rate = 3e-4 if "lora_" in name else 2e-3 if name in of_order_one else 2e-4
+        decay = 0.1 if trainer.model.get_parameter(name).ndim > 1 else 0.0
+        assert found == (pytest.approx(rate), decay), name
+    assert of_order_one < set(named) and any("lora_" in name for name in named)
+
+
 def test_log_q_counts_the_training_part_only(tiny_data):
     log_q = log_sampling_probability(tiny_data.sequences, tiny_data.split, 40)
     counts = np.zeros(40)

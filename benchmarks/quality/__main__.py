@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from karma_fast.commands.common import quiet
+from karma_fast.commands.common import set_up_process
 from karma_fast.config import ConfigError, RunConfig
 from karma_fast.data import DataError, Dataset, load_dataset
 
@@ -222,7 +222,7 @@ def command_of(args: argparse.Namespace, changes: dict[str, str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser, args = parse(arguments)
-    quiet()
+    set_up_process()
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
         rows = chosen(args.rows, DATA[args.data].queries)

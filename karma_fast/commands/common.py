@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from ..model.recommender import Recommender
 
 
-def quiet() -> None:
-    """Keeps other packages' notices off the terminal; warnings become single lines."""
+def set_up_process() -> None:
+    """Keeps other packages' notices off the terminal and oneDNN's cache small; warnings become single lines."""
+    # a compiled product for each of the last 1,024 shapes otherwise, and every batch has shapes of its own: gigabytes
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
@@ -50,7 +53,7 @@ def model_folder(path: str) -> Path:
 
 def load_model(path: str) -> tuple[Recommender, Path]:
     folder = model_folder(path)
-    quiet()
+    set_up_process()
     from ..recipes import load_model as load
 
     return load(folder), folder

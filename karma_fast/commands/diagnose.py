@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ConfigError
-from .common import fit_to, load_data, load_model, quiet
+from .common import fit_to, load_data, load_model, set_up_process
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -48,7 +48,7 @@ def load(args: argparse.Namespace) -> tuple[KarmaModel | PlainModel, Dataset, Pa
     if folder is not None:
         if args.config is None:
             raise ConfigError(f"{folder}: a plain language model does not say what its data is; give CONFIG.yaml too")
-        quiet()
+        set_up_process()
         from ..diagnostics import PlainModel
 
         data = load_data(args.config, folder)

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ..config import ConfigError, RunConfig
-from .common import load_config, quiet
+from .common import load_config, set_up_process
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
     if args.model:
         config.model = dataclasses.replace(config.model, backbone=args.model)
     budget = gpu_memory(args.gpu_memory)
-    quiet()
+    set_up_process()
     from ..planning import plan_memory, propose
 
     config.training |= {"batch_size": args.batch_size} if args.batch_size else {}

@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from ..cli import STARTED
-from .common import load_config, quiet
+from .common import load_config, set_up_process
 
 DEMO = """KARMA demo: a 135M-parameter LLM (SmolLM2, Apache-2.0) learns the next film of MovieLens-100K users.
 Both come from the package index once and are kept in the cache. MovieLens is for research, with acknowledgement:
@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
     name = "demo" if demo else config.data.name or Path(args.config).stem
     folder = str(config.training.get("output_dir") or Path("runs") / name)
-    quiet()
+    set_up_process()
     from ..run import run
 
     run(config, folder, command=shlex.join(["karma-fast", *sys.argv[1:]]), resume=args.resume,

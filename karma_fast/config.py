@@ -193,6 +193,11 @@ class KarmaConfig(ModelConfig):
         require(not (self.tuning == "full" and self.quantization != "none"),
                 "model.tuning: full tuning needs model.quantization none; 4-bit and 8-bit weights take lora or frozen")
 
+    @property
+    def text_kinds(self) -> tuple[str, ...]:
+        """The kinds of vectors that are made of items' texts; see `karma_fast.model.features`."""
+        return {"states": ("text",), "words": ("words",), "both": ("text", "words")}[self.text_vectors]
+
     def weight(self, term: Literal["act", "gen", "rec", "vis"]) -> float:
         """The factor of a term in the total loss."""
         own = getattr(self, f"{term}_weight")

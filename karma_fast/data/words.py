@@ -52,10 +52,19 @@ def word_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
         left, values = left[:, ::-1], values[::-1]
     else:
         left, values, _ = np.linalg.svd(vectors.toarray(), full_matrices=False)
-    rows = left * values
-    rows = np.pad(rows, ((0, 0), (0, max(0, dim - rows.shape[1]))))[:, :dim]
-    if len(rows):
-        rows = rows * np.where(rows[np.abs(rows).argmax(axis=0), np.arange(dim)] < 0, -1, 1)
+    return unit_rows(left[:, :dim] * values[:dim], dim, present)
+
+
+def unit_rows(rows: np.ndarray, dim: int, present: np.ndarray) -> np.ndarray:
+    """(N, k <= dim) spectral coordinates -> (N, dim) float32 rows of length 1; NaN where absent or without length.
+
+    A direction's sign is arbitrary: here its largest entry is positive. Zeros fill up.
+
+    >>> unit_rows(np.array([[-2.0], [0.0], [-1.0]]), 2, np.array([True, True, False])).tolist()
+    [[1.0, 0.0], [nan, nan], [nan, nan]]
+    """
+    if rows.size:
+        rows = rows * np.where(rows[np.abs(rows).argmax(axis=0), np.arange(rows.shape[1])] < 0, -1, 1)
+    rows = np.pad(rows, ((0, 0), (0, dim - rows.shape[1])))
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = np.where(present[:, None] & (length > 1e-9), rows / np.maximum(length, 1e-9), np.nan)
-    return rows.astype(np.float32)
+    return np.where(present[:, None] & (length > 1e-9), rows / np.maximum(length, 1e-9), np.nan).astype(np.float32)

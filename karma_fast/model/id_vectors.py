@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..data.schema import Sequences, Split
+from ..data.words import unit_rows
 
 
 def co_occurrence(sequences: Sequences, split: Split, num_items: int, window: int = 20):
@@ -53,9 +54,4 @@ def id_vectors(sequences: Sequences, split: Split, num_items: int, dim: int, win
     else:
         values, vectors = np.linalg.eigh(matrix.toarray())
         values, vectors = values[-dim:], vectors[:, -dim:]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])
-    rows = vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0))
-    rows = np.pad(rows, ((0, 0), (0, dim - rows.shape[1])))
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = np.where(present[:, None] & (norms > 0), rows / np.maximum(norms, 1e-12), np.nan)
-    return rows.astype(np.float32)
+    return unit_rows(vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0)), dim, present)

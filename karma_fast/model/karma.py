@@ -95,9 +95,10 @@ class KarmaModel(Recommender):
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
         vectors = {}
-        if any(items.texts) and config.text_vectors != "states":
+        text_kinds = config.text_kinds if any(items.texts) else ()
+        if "words" in text_kinds:
             vectors["words"] = word_vectors(items.texts, config.word_dim)
-        if any(items.texts) and config.text_vectors != "words":
+        if "text" in text_kinds:
             key = f"{identity(name)} {config.quantization}"
             vectors["text"] = cached_text_vectors(items.texts, backbone, tokenizer, key, cache or cache_dir(),
                                                   config.item_instruction, progress)

@@ -43,8 +43,8 @@ class Workload:
             instruction = len(tokenizer(config.instruction)["input_ids"])
         else:
             instruction = -(-len(config.instruction) // CHARACTERS_A_TOKEN)
-        widths = {"text": hidden if config.text_vectors != "words" else 0,
-                  "words": config.word_dim if config.text_vectors != "states" else 0, "image": 0, "id": config.id_dim}
+        of_texts = {"text": hidden, "words": config.word_dim}
+        widths = {kind: of_texts[kind] for kind in config.text_kinds} | {"image": 0, "id": config.id_dim}
         if data is None:
             return cls(ASSUMED_ITEMS, config.max_history, config.max_text_tokens,
                        config.max_query_tokens if config.positions == "last" else 0, instruction, 0,
@@ -56,7 +56,7 @@ class Workload:
         if items.id_vectors is not None:
             widths["id"] = items.id_vectors.shape[1]
         if not any(items.texts):
-            widths["text"] = widths["words"] = 0
+            widths |= dict.fromkeys(config.text_kinds, 0)
         hard = 0 if sequences.negatives_indptr is None else min(8, int(np.diff(sequences.negatives_indptr).max()))
         longest = max(map(len, items.texts), default=0)  # a token has at least one character
         return cls(len(items), int((ends - starts).max(initial=2)) - 1, min(config.max_text_tokens, longest + 1),

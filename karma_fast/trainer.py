@@ -26,14 +26,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data.batches import log_sampling_probability
 from .data.schema import Dataset
+from .data.windows import windows_of_pairs
 from .evaluation.evaluate import evaluate_model
 from .model.recommender import Recommender
 from .processes import average_gradients
+from .rates import rate_factor
 from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
 LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
-OF_ORDER_ONE = ("log_scale", "gain", "age_logits")  # parameters, by the last part of their name
-LONGER_STEPS = 10  # they take, as matrices' entries are far smaller and rates fit for those hardly move them
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 
 
@@ -120,18 +120,6 @@ def windows_of_a_step(args: KarmaTrainingArguments, positions: str, starts: np.n
     if args.batch_size is None:
         return args.per_device_train_batch_size
     return windows_of_pairs(args.batch_size / args.world_size, positions, starts, ends)
-
-
-def windows_of_pairs(pairs: float, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
-    """How many of the windows hold about so many query-target pairs.
-
-    positions: whether "all" items of a window, or its "last" alone, are targets.
-
-    >>> windows_of_pairs(95, "all", np.arange(9) * 19, np.arange(9) * 19 + 20)
-    5
-    """
-    in_one = float((ends - starts - 1).mean()) if positions == "all" else 1.0
-    return max(1, min(len(ends), round(pairs / in_one)))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -225,13 +213,13 @@ class KarmaTrainer(Trainer):
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
                     # scales, gains and learned vectors are not pulled to 0
-                    groups[id(p) in backbone, p.ndim > 1, name.split(".")[-1] in OF_ORDER_ONE].append(p)
+                    groups[id(p) in backbone, p.ndim > 1, rate_factor(name)].append(p)
             rates = {True: self.args.learning_rate, False: self.args.projection_learning_rate}
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
-            self.optimizer = kind([{"params": params, "lr": rates[is_backbone] * (LONGER_STEPS if longer else 1),
+            self.optimizer = kind([{"params": params, "lr": rates[is_backbone] * factor,
                                     "weight_decay": self.args.weight_decay if decayed else 0.0}
-                                   for (is_backbone, decayed, longer), params in groups.items()],
+                                   for (is_backbone, decayed, factor), params in groups.items()],
                                   lr=self.args.learning_rate, **options)
         return self.optimizer
 

@@ -54,10 +54,11 @@ class DataSet:
                           text_columns=["title", "brand", "categories"])
 
 
-# few events an item: words tell more than counts, near neighbours more than far ones, and few steps must go far
-BEAUTY = {"text_vectors": "words", "id_window": 3, "embedding_dim": 512}
+# few events an item: words tell more than counts, near neighbours more than far ones, and a pair is much of the
+# counts that it is among
+BEAUTY = {"text_vectors": "words", "word_dim": 384, "id_window": 3, "id_dim": 384, "id_folds": 4, "embedding_dim": 768}
 DATA: dict[str, DataSet] = {data.name: data for data in (
-    DataSet("beauty", 4, "all", 1024, 128, model=BEAUTY, training={"projection_learning_rate": 1e-3}),
+    DataSet("beauty", 4, "all", 1024, 128, model=BEAUTY),
     DataSet("beauty-queries", 4, "last", 96, 60, queries=True, model=BEAUTY),
     DataSet("ml-100k", 30, "all", 640, 100),
 )}
@@ -66,14 +67,14 @@ DATA: dict[str, DataSet] = {data.name: data for data in (
 REDUCED = {
     "model": {"backbone": "smollm2-135m-instruct", "quantization": "4bit", "lora_rank": 8, "lora_alpha": 16.0,
               "lora_targets": "q_proj,v_proj", "max_history": 20, "id_dim": 256, "decode_weight": 0.02,
-              "decode_share": 0.25, "decoder_warmup_steps": 20},
+              "decode_share": 0.25, "decoder_warmup_steps": 20, "shortcut_warmup_epochs": 2},
     "training": {"learning_rate": 3e-4, "projection_learning_rate": 2e-4, "warmup_steps": 5, "logging_steps": 10,
                  "save_steps": 20, "save_total_limit": 1, "report_to": "none"},
 }
 # one GPU
 FULL = {
     "model": {"backbone": "Qwen/Qwen2.5-0.5B", "quantization": "none", "max_history": 50, "id_dim": 256,
-              "decode_weight": 0.1, "decoder_warmup_steps": 200},
+              "decode_weight": 0.1, "decoder_warmup_steps": 200, "shortcut_warmup_epochs": 2},
     "training": {"num_train_epochs": 10, "batch_size": 4096, "learning_rate": 1e-4, "projection_learning_rate": 2e-4,
                  "warmup_steps": 20, "logging_steps": 10, "save_steps": 50, "save_total_limit": 1, "report_to": "none",
                  "eval_strategy": "steps", "eval_steps": 50, "eval_users": 2000},

@@ -105,7 +105,7 @@ def train_karma(row: Row, base: RunConfig, data: Dataset, seed: int, folder: Pat
     begin_peak(args.device)
     weights, cost = folder / "trained" / "model.safetensors", Cost(folder)
     if row.kind == "karma" and (weights.exists() or last_checkpoint(folder)):
-        config.model = dataclasses.replace(config.model, decoder_warmup_steps=0)  # its weights are read from the files
+        config.model = dataclasses.replace(config.model, decoder_warmup_steps=0, shortcut_warmup_epochs=0.0)  # read
     model = build(row, config, data, seed, args.device, cache, progress=not args.disable_tqdm)
     if not weights.exists():
         deadline = Deadline(end)

@@ -54,9 +54,9 @@ def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | N
 
     Without data every window is taken to be as long as it may be.
     """
-    from ..data import training_windows
+    from ..data.windows import training_windows, windows_of_pairs
     from ..run_setup import training_settings
-    from ..trainer import KarmaTrainingArguments, windows_of_pairs
+    from ..trainer import KarmaTrainingArguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(KarmaTrainingArguments)}
     settings = defaults | training_settings(config.training)

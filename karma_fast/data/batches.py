@@ -28,7 +28,7 @@ class PromptChunk(OfTensors):
     """B prompts that the language model reads together. Index tensors are int64."""
 
     tokens: Packed  # slot of an item: row of history_items
-    history_items: Tensor  # (R,) distinct catalogue indices
+    history_items: Tensor  # (R,) distinct rows of the features
     emb: Tensor  # (B,) places of [EMB] in the stream
     pairs: Tensor  # (P,) places in the stream where the query of each pair is read
     latest: Tensor  # (P, LATEST) rows of history_items that each query has seen, the newest first; -1 for none
@@ -62,9 +62,9 @@ class KarmaBatch(StepBatch):
     """The prompts of a step in chunks, its P query-target pairs and N >= P keys. Index tensors are int64."""
 
     prompts: list[PromptChunk]  # the pairs of all of them, one chunk after the other, are the batch's
-    key_items: Tensor  # (U,) distinct catalogue indices
+    key_items: Tensor  # (U,) distinct rows of the features
     key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
-    keys: Tensor  # (N,) catalogue indices, key_items[key_index]
+    keys: Tensor  # (N,) catalogue indices; key_items[key_index] without held-out ID vectors
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
     decode: list[DecodeChunk]  # their target texts, for L_rec
@@ -113,7 +113,7 @@ class Prompts:
         """Prompts of requests; every one has a pair, read at its [EMB].
 
         Args:
-            histories: catalogue indices, oldest first. queries: texts, "" for none.
+            histories: rows of the features, oldest first. queries: texts, "" for none.
             text_items: of each prompt, the item whose text follows [EMB]; -1 or None for no text.
         """
         rows = len(queries)
@@ -195,16 +195,19 @@ def log_sampling_probability(sequences: Sequences, split: Split, num_items: int)
 class KarmaCollator:
     """Windows (start, end) of flat events -> `KarmaBatch`. Stateless: the same windows give the same batch.
 
-    chunk_size: windows that the language model reads at once; None: all of a batch.
+    chunk_size: windows that the language model reads at once; None: all of a batch. first_rows: (U,) what is added to
+    the catalogue indices of a user's window to have rows of the features; None: nothing.
     """
 
     def __init__(self, config: KarmaConfig, prompts: Prompts, sequences: Sequences, log_q: np.ndarray | None,
-                 max_hard_negatives: int = 8, seed: int = 0, chunk_size: int | None = None) -> None:
+                 max_hard_negatives: int = 8, seed: int = 0, chunk_size: int | None = None,
+                 first_rows: np.ndarray | None = None) -> None:
         if config.positions == "all" and sequences.queries is not None:
             raise ConfigError("model.positions: got all, but the data has queries, and an inner position would read "
                               "the query of a later request; set model.positions last")
         self.config, self.prompts, self.sequences, self.log_q = config, prompts, sequences, log_q
         self.max_hard_negatives, self.seed, self.chunk_size = max_hard_negatives, seed, chunk_size
+        self.first_rows = first_rows
 
     def __call__(self, windows: Sequence[tuple[int, int]]) -> KarmaBatch:
         starts, ends = np.array(windows, dtype=np.int64).T
@@ -215,14 +218,18 @@ class KarmaCollator:
         positives = events[positions].astype(np.int64)
         looked_at = np.array([self._random(*window).random() < self.config.decode_share
                               for window in zip(starts.tolist(), ends.tolist(), strict=True)])
-        keys = np.concatenate([positives, *self._hard_negatives(positions)])
-        key_items, key_index = np.unique(keys, return_inverse=True)
+        hard = list(self._hard_negatives(positions))
+        keys = np.concatenate([positives, *hard])
+        first = self._first_rows(starts)
+        of_pairs = np.repeat(first, targets)
+        key_items, key_index = np.unique(
+            keys + np.concatenate([of_pairs, np.repeat(of_pairs, [len(h) for h in hard] or 0)]), return_inverse=True)
         pairs = self._decode_pairs(starts, ends, targets, looked_at)
         with_text = pairs if self.config.weight("rec") > 0 else pairs[:0]
         decode = [self.prompts.decode_chunk(part, positives[part]) for part in self._parts(with_text)]
         parts = self._parts(np.arange(len(ends)))
-        prompts = [self._prompts(starts[part], ends[part], targets[part], looked_at[part], len(parts) > 1)
-                   for part in parts]
+        prompts = [self._prompts(starts[part], ends[part], first[part], targets[part], looked_at[part],
+                                 len(parts) > 1) for part in parts]
         return KarmaBatch(
             prompts, *map(torch.from_numpy, (key_items, key_index, keys)),
             None if self.log_q is None else torch.from_numpy(self.log_q[keys]), torch.from_numpy(pairs), decode,
@@ -233,10 +240,15 @@ class KarmaCollator:
         """At most ``chunk_size`` rows each, and all of nearly the same size."""
         return np.array_split(rows, -(-len(rows) // (self.chunk_size or max(1, len(rows))))) if len(rows) else []
 
-    def _prompts(self, starts: np.ndarray, ends: np.ndarray, targets: np.ndarray, looked_at: np.ndarray,
-                 with_bare: bool) -> PromptChunk:
+    def _first_rows(self, starts: np.ndarray) -> np.ndarray:
+        if self.first_rows is None:
+            return np.zeros(len(starts), np.int64)
+        return self.first_rows[self.sequences.user_of(starts)]
+
+    def _prompts(self, starts: np.ndarray, ends: np.ndarray, first: np.ndarray, targets: np.ndarray,
+                 looked_at: np.ndarray, with_bare: bool) -> PromptChunk:
         events = self.sequences.items
-        histories = [events[start:end - 1] for start, end in zip(starts, ends, strict=True)]
+        histories = [events[start:end - 1] + row for start, end, row in zip(starts, ends, first, strict=True)]
         queries = [query_of(self.sequences, end - 1) for end in ends]
         texts = np.where(looked_at & (self.config.weight("gen") > 0), events[ends - 1], -1)
         chunk = with_pairs(self.prompts.build(histories, queries, texts), histories, targets)

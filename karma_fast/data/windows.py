@@ -52,6 +52,18 @@ def training_windows(sequences: Sequences, split: Split, max_history: int, posit
     return starts[keep], ends[keep]
 
 
+def windows_of_pairs(pairs: float, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
+    """How many of the windows hold about so many query-target pairs.
+
+    positions: whether "all" items of a window, or its "last" alone, are targets.
+
+    >>> windows_of_pairs(95, "all", np.arange(9) * 19, np.arange(9) * 19 + 20)
+    5
+    """
+    in_one = float((ends - starts - 1).mean()) if positions == "all" else 1.0
+    return max(1, min(len(ends), round(pairs / in_one)))
+
+
 def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """counts (U,) -> for each of the sum(counts) entries: its user and its number within the user, int64."""
     user = np.repeat(np.arange(len(counts)), counts)

@@ -74,9 +74,10 @@ class ItemFeatures(nn.Module):
 
     Args:
         vectors: for some of ``KINDS``, an (N, d) float array with NaN rows where an item has none.
+        held_out: (folds, N, d), further sets of the ID vectors, for training alone; they are not saved.
 
-    An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) catalogue indices;
-    gives (n, width) float32.
+    An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) rows; gives
+    (n, width) float32. A row is a catalogue index; plus ``(g + 1) * N`` it is the item with ID vectors of set g.
 
     Example:
         >>> features = ItemFeatures({"id": np.array([[1.0, 0.0], [0.0, 1.0], [np.nan, np.nan]])})
@@ -84,12 +85,13 @@ class ItemFeatures(nn.Module):
         (torch.Size([2, 2]), 2)
     """
 
-    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
+    def __init__(self, vectors: dict[str, np.ndarray], held_out: np.ndarray | None = None) -> None:
         super().__init__()
         self.kinds = [k for k in KINDS if k in vectors]
         if not self.kinds:
             raise ValueError("items have no features: give texts, image vectors or ID vectors (model.id_dim above 0)")
         self.widths = {k: vectors[k].shape[1] for k in self.kinds}
+        self.folds = 0 if held_out is None else len(held_out)
         self.missing = nn.ParameterDict({k: nn.Parameter(torch.zeros(self.widths[k])) for k in self.kinds})
         for kind in self.kinds:
             array = np.asarray(vectors[kind], dtype=np.float32)
@@ -98,6 +100,9 @@ class ItemFeatures(nn.Module):
             # ID vectors keep their origin: their inner products are the co-occurrences
             mean = known.mean(axis=0) if kind != "id" and len(known) else np.zeros(array.shape[1], np.float32)
             scale = 1 / max(float(np.sqrt(((known - mean) ** 2).sum(axis=1).mean())) if len(known) else 1.0, 1e-6)
+            if kind == "id" and held_out is not None:
+                array = np.concatenate([array, *held_out]).astype(np.float32)
+                present = ~np.isnan(array).any(axis=1)
             rows = np.where(present[:, None], (array - mean) * scale, 0)
             self.register_buffer(kind, torch.from_numpy(rows.astype(np.float32)), persistent=False)
             self.register_buffer(f"{kind}_present", torch.from_numpy(present), persistent=False)
@@ -109,18 +114,26 @@ class ItemFeatures(nn.Module):
         return sum(self.widths.values())
 
     def __len__(self) -> int:
-        return len(getattr(self, self.kinds[0]))
+        kind = self.kinds[0]
+        return len(getattr(self, kind)) // (1 + self.folds if kind == "id" else 1)
 
-    def block(self, kind: str, items: Tensor) -> Tensor:
-        rows = getattr(self, kind)[items]
-        return torch.where(getattr(self, f"{kind}_present")[items][:, None], rows, self.missing[kind])
+    def known(self, kind: str) -> Tensor:
+        """(n, d) vectors of the catalogue's items that have one."""
+        return getattr(self, kind)[:len(self)][getattr(self, f"{kind}_present")[:len(self)]]
 
-    def forward(self, items: Tensor) -> Tensor:
-        return torch.cat([self.block(kind, items) for kind in self.kinds], dim=-1)
+    def block(self, kind: str, rows: Tensor) -> Tensor:
+        if self.folds and kind != "id":
+            rows = rows % len(self)
+        return torch.where(getattr(self, f"{kind}_present")[rows][:, None], getattr(self, kind)[rows],
+                           self.missing[kind])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.cat([self.block(kind, rows) for kind in self.kinds], dim=-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `from_tensors` needs to make the same features again, for safetensors."""
-        return {name: buffer.cpu().contiguous() for name, buffer in self.named_buffers()}
+        """What `from_tensors` needs to make the same features again, for safetensors; held-out sets are left out."""
+        return {name: (buffer[:len(self)] if buffer.ndim and name.split("_")[-1] in (*KINDS, "present") else buffer
+                       ).cpu().contiguous() for name, buffer in self.named_buffers()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ItemFeatures:

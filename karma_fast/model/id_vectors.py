@@ -1,4 +1,9 @@
-"""ID vectors of items from the training part of the sequences: a spectral embedding of nearby co-occurrence."""
+"""ID vectors of items from the training part of the sequences: a spectral embedding of nearby co-occurrence.
+
+A training pair counts among the co-occurrences, so ID vectors show a model the very pairs that it is to learn, and it
+trusts them more than it should with other users. `held_out_id_vectors` are made without a group of users each, for the
+training of that group.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +60,34 @@ def id_vectors(sequences: Sequences, split: Split, num_items: int, dim: int, win
         values, vectors = np.linalg.eigh(matrix.toarray())
         values, vectors = values[-dim:], vectors[:, -dim:]
     return unit_rows(vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0)), dim, present)
+
+
+def groups_of_users(num_users: int, folds: int, seed: int = 0) -> np.ndarray:
+    """(U,) int64: the group of each user, drawn by seed.
+
+    >>> groups_of_users(6, 2).tolist()
+    [1, 1, 1, 0, 0, 0]
+    """
+    return np.random.default_rng(seed).integers(folds, size=num_users)
+
+
+def held_out_id_vectors(sequences: Sequences, split: Split, num_items: int, dim: int, window: int = 20, folds: int = 4,
+                        onto: np.ndarray | None = None, progress: bool = False) -> np.ndarray:
+    """(folds, N, dim) float32: `id_vectors` without the users of group 0, of group 1, and so on.
+
+    Two sets of spectral coordinates differ by a rotation at least, so each is rotated onto ``onto``, (N, dim), the
+    vectors of all users: the orthogonal map with the least squares over the items that both have (Schönemann 1966).
+    """
+    from tqdm.auto import tqdm
+
+    onto = id_vectors(sequences, split, num_items, dim, window) if onto is None else onto
+    groups = groups_of_users(len(sequences), folds)
+    out = []
+    for fold in tqdm(range(folds), desc="making ID vectors without each group", unit="group", disable=not progress):
+        others = Split(np.where(groups == fold, sequences.indptr[:-1], split.train_end), split.valid, split.test,
+                       split.description)
+        vectors = id_vectors(sequences, others, num_items, dim, window)
+        both = ~(np.isnan(vectors).any(axis=1) | np.isnan(onto).any(axis=1))
+        left, _, right = np.linalg.svd(vectors[both].T @ onto[both])
+        out.append(vectors @ (left @ right))
+    return np.stack(out)

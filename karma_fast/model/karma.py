@@ -19,13 +19,14 @@ from ..data.words import word_vectors
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
-from .id_vectors import id_vectors
+from .id_vectors import groups_of_users, held_out_id_vectors, id_vectors
 from .initialise import item_projection, latest_mean, part_means, ridge
 from .reading import autocast
 from .recommender import Recommender
 from .shortcut import HistoryShortcut
 from .soft_prompt import SoftPromptProjection
 from .storage import load_parts
+from .warm_up import warm_up_decoder, warm_up_shortcut
 
 BESIDE_SHORTCUT = 0.3  # of what it would be alone: the part that W_o h begins with where the shortcut says the same
 
@@ -108,19 +109,28 @@ class KarmaModel(Recommender):
             vectors["id"] = items.id_vectors
         elif config.id_dim > 0:
             vectors["id"] = id_vectors(sequences, split, len(items), config.id_dim, config.id_window)
-        model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors))
-        model.set_starting_point(sequences, split, seed)
+        held_out = None
+        if config.id_folds and items.id_vectors is None and "id" in vectors:
+            held_out = held_out_id_vectors(sequences, split, len(items), config.id_dim, config.id_window,
+                                           config.id_folds, vectors["id"], progress)
+        model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors, held_out))
+        model.set_starting_point(sequences, split, seed, progress=progress)
         if config.decoder_warmup_steps and model.decode_projection is not None:
-            model.warm_up_decoder(config.decoder_warmup_steps, seed, progress)
+            warm_up_decoder(model, config.decoder_warmup_steps, seed, progress)
         return model
 
     @torch.no_grad()
     def set_starting_point(self, sequences: UserSequences, split: Split, seed: int = 0,
-                           num_windows: int = 192) -> None:
-        """W_e from the features, W_o by regression to the latest items' mean; see `karma_fast.model.initialise`."""
+                           num_windows: int = 192, progress: bool = False) -> None:
+        """W_e from the features, W_o by regression to the latest items' mean; see `karma_fast.model.initialise`.
+
+        Between the two, ``shortcut_warmup_epochs`` of `karma_fast.model.warm_up.warm_up_shortcut`.
+        """
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
         if self.shortcut is not None:
             self.shortcut.projection.weight.copy_(self.item_projection.weight)
+            if self.config.shortcut_warmup_epochs:
+                warm_up_shortcut(self, sequences, split, self.config.shortcut_warmup_epochs, seed, progress)
         if self.decode_projection is not None:
             self._start_decoder(seed)
         starts, ends = training_windows(sequences, split, self.config.max_history, "all")
@@ -158,34 +168,6 @@ class KarmaModel(Recommender):
         goals = torch.stack([part_means(self.prompts.texts[i], projection.num_tokens, table) for i in with_text])
         projection.down.weight.copy_(ridge(inner, goals.flatten(1)))
 
-    def warm_up_decoder(self, steps: int, seed: int = 0, progress: bool = False, batch_size: int = 64,
-                        learning_rate: float = 3e-3) -> list[float]:
-        """Trains P_rec alone to decode items' texts from their own embeddings; returns the loss of each step.
-
-        An item's embedding says what the text is, which a user's does only roughly, so P_rec learns faster from it.
-        """
-        from tqdm.auto import tqdm
-
-        with_text = np.flatnonzero([len(t) > 0 for t in self.prompts.texts])
-        random, order, losses = np.random.default_rng(seed), np.zeros(0, dtype=np.int64), []
-        optimiser = torch.optim.AdamW(self.decode_projection.parameters(), lr=learning_rate)
-        self.train()
-        for step in tqdm(range(steps if len(with_text) else 0), desc="warming up the decoder", unit="step",
-                         disable=not progress):
-            if len(order) < batch_size:
-                order = np.concatenate([order, random.permutation(with_text)])
-            items, order = order[:batch_size], order[batch_size:]
-            texts = self.prompts.decode_chunk(np.arange(len(items)), items).to(self.device)
-            loss = self.reconstruction_loss(self.encode_items(items).to(self.device), texts) / len(items)
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate * min(1, (step + 1) / 5, (steps - step) / (steps / 2))
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.decode_projection.parameters(), 1.0)
-            optimiser.step()
-            losses.append(loss.item())
-        return losses
-
     # ---- training ------------------------------------------------------------------------------------------------
 
     @property
@@ -196,8 +178,11 @@ class KarmaModel(Recommender):
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> KarmaCollator:
         """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""
+        first_rows = None
+        if self.features.folds:
+            first_rows = len(self.features) * (1 + groups_of_users(len(sequences), self.features.folds))
         return KarmaCollator(self.config, self.prompts, sequences, log_q if self.config.log_q else None, seed=seed,
-                             chunk_size=chunk_size)
+                             chunk_size=chunk_size, first_rows=first_rows)
 
     def _prompt_states(self, chunk: PromptChunk) -> Tensor:
         """(N, hidden) last states of a chunk's stream."""
@@ -215,7 +200,7 @@ class KarmaModel(Recommender):
         return F.normalize(u, dim=-1)
 
     def item_embeddings(self, items: Tensor) -> Tensor:
-        """(n,) catalogue indices -> (n, d_e) unit vectors, float32."""
+        """(n,) rows of the features, such as catalogue indices -> (n, d_e) unit vectors, float32."""
         return F.normalize(self.item_projection(self.features(items)), dim=-1)
 
     def forward(self, batch: KarmaBatch) -> KarmaOutput:

@@ -135,9 +135,10 @@ def simulated_model(config: KarmaConfig, shape: PretrainedConfig, workload: Work
             features = ItemFeatures(workload.two_rows())
         for kind in KINDS:
             if kind in features.kinds:
-                width = features.widths[kind]
-                setattr(features, kind, meta(simulation, (workload.items, width), torch.float32))
-                setattr(features, f"{kind}_present", meta(simulation, (workload.items,), torch.bool))
+                rows = workload.items * (1 + workload.id_folds if kind == "id" else 1)
+                setattr(features, kind, meta(simulation, (rows, features.widths[kind]), torch.float32))
+                setattr(features, f"{kind}_present", meta(simulation, (rows,), torch.bool))
+        features.folds = workload.id_folds
         simulate_missing(features, simulation)
         model = KarmaModel(config, backbone, Tokens(), workload.catalogue(batch_size), features)
         simulate_missing(model, simulation)

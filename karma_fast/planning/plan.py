@@ -149,7 +149,8 @@ class Planner:
         load, out = self.workload, []
         if self.data is None:
             widths = " + ".join(f"{width} ({kind})" for kind, width in load.widths.items())
-            out.append(f"{load.items:,} items with vectors of {widths} numbers")
+            sets = f", {1 + load.id_folds} sets of ID vectors" if load.id_folds else ""
+            out.append(f"{load.items:,} items with vectors of {widths} numbers{sets}")
         out.append(f"every window has {load.history} items before its target, a text of {load.text_tokens} tokens"
                    + (f" and a query of {load.query_tokens}" if load.query_tokens else ""))
         if self.device_type == "cuda":

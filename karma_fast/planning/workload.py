@@ -25,7 +25,8 @@ class Workload:
     """The largest a run can meet: every window, text and query as long as it can be.
 
     items: of the catalogue. history: items before the target. text_tokens, query_tokens, instruction_tokens: with an
-    end token for texts. hard_negatives: of each pair. widths: of an item's vectors by kind.
+    end token for texts. hard_negatives: of each pair. widths: of an item's vectors by kind. id_folds: further sets of
+    ID vectors.
     """
 
     items: int
@@ -35,6 +36,7 @@ class Workload:
     instruction_tokens: int
     hard_negatives: int
     widths: dict[str, int]
+    id_folds: int = 0
 
     @classmethod
     def of(cls, config: KarmaConfig, hidden: int, data: Dataset | None = None, tokenizer=None) -> Workload:
@@ -48,7 +50,8 @@ class Workload:
         if data is None:
             return cls(ASSUMED_ITEMS, config.max_history, config.max_text_tokens,
                        config.max_query_tokens if config.positions == "last" else 0, instruction, 0,
-                       {kind: width for kind, width in widths.items() if width})
+                       {kind: width for kind, width in widths.items() if width},
+                       config.id_folds if config.id_dim else 0)
         items, sequences = data.items, data.sequences
         starts, ends = training_windows(sequences, data.split, config.max_history, config.positions)
         if items.image_vectors is not None:
@@ -61,7 +64,8 @@ class Workload:
         longest = max(map(len, items.texts), default=0)  # a token has at least one character
         return cls(len(items), int((ends - starts).max(initial=2)) - 1, min(config.max_text_tokens, longest + 1),
                    0 if sequences.queries is None else config.max_query_tokens, instruction, hard,
-                   {kind: width for kind, width in widths.items() if width})
+                   {kind: width for kind, width in widths.items() if width},
+                   config.id_folds if config.id_dim and items.id_vectors is None else 0)
 
     def applied(self, config: KarmaConfig) -> KarmaConfig:
         """The settings under which the batches below have this workload's lengths."""

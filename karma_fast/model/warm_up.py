@@ -1,0 +1,113 @@
+"""What parts of a `KarmaModel` learn alone before training, each with as little of the language model as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.batches import KarmaBatch, log_sampling_probability
+from ..data.schema import Sequences, Split
+from ..data.windows import training_windows, windows_of_pairs
+from ..rates import rate_factor
+
+if TYPE_CHECKING:
+    from .karma import KarmaModel
+
+PAIRS = 1024  # of a step of `warm_up_shortcut`
+
+
+@torch.enable_grad()
+def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epochs: float, seed: int = 0,
+                     progress: bool = False, learning_rate: float = 1e-3) -> list[float]:
+    """Trains W_e and the shortcut by L_act alone; returns the loss of each step.
+
+    The language model reads nothing, so a pass over the training pairs takes seconds. What the latest items alone say
+    about the next one is known afterwards, and the language model's steps go into what it adds.
+    """
+    starts, ends = training_windows(sequences, split, model.config.max_history, model.config.positions)
+    if not len(starts):
+        return []
+    log_q = log_sampling_probability(sequences, split, len(model.features))
+    collate = model.collator(sequences, log_q, seed)
+    count = windows_of_pairs(PAIRS, model.config.positions, starts, ends)
+    steps = max(1, round(epochs * len(starts) / count))
+    trained = {f"{part}.{name}": p for part in ("item_projection", "shortcut", "features", "loss")
+               for name, p in getattr(model, part).named_parameters()}
+    optimiser = _optimiser(trained, learning_rate)
+    contrastive = model.loss.contrastive
+    gather, contrastive.gather = contrastive.gather, False  # every process does the same
+    try:
+        losses = []
+        for windows in _bar(_batches(np.arange(len(starts)), count, steps, seed), steps, "warming up items", progress):
+            batch = collate(list(zip(starts[windows].tolist(), ends[windows].tolist(), strict=True))).to(model.device)
+            loss = model.contrastive_loss(_from_shortcut(model, batch), batch)
+            _step(optimiser, loss, trained.values(), len(losses), steps)
+            model.loss.clamp_()
+            losses.append(loss.item())
+    finally:
+        contrastive.gather = gather
+    return losses
+
+
+def _from_shortcut(model: KarmaModel, batch: KarmaBatch) -> Tensor:
+    """(P, d_e) unit vectors: u without what the language model says."""
+    u = [model.shortcut(model.features(chunk.history_items), chunk.latest) for chunk in batch.prompts]
+    return F.normalize(torch.cat(u), dim=-1)
+
+
+@torch.enable_grad()
+def warm_up_decoder(model: KarmaModel, steps: int, seed: int = 0, progress: bool = False, batch_size: int = 64,
+                    learning_rate: float = 3e-3) -> list[float]:
+    """Trains P_rec alone to decode items' texts from their own embeddings; returns the loss of each step.
+
+    An item's embedding says what the text is, which a user's does only roughly, so P_rec learns faster from it.
+    """
+    with_text = np.flatnonzero([len(t) > 0 for t in model.prompts.texts])
+    steps = steps if len(with_text) else 0
+    trained = dict(model.decode_projection.named_parameters())
+    optimiser, losses = _optimiser(trained, learning_rate), []
+    model.train()
+    for items in _bar(_batches(with_text, batch_size, steps, seed), steps, "warming up the decoder", progress):
+        texts = model.prompts.decode_chunk(np.arange(len(items)), items).to(model.device)
+        loss = model.reconstruction_loss(model.encode_items(items).to(model.device), texts) / len(items)
+        _step(optimiser, loss, trained.values(), len(losses), steps)
+        losses.append(loss.item())
+    return losses
+
+
+def _batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """``steps`` batches of rows, each row once before any comes again."""
+    random, order = np.random.default_rng(seed), rows[:0]
+    for _ in range(steps):
+        if len(order) < size:
+            order = np.concatenate([order, random.permutation(rows)])
+        yield order[:size]
+        order = order[size:]
+
+
+def _bar(batches: Iterable[np.ndarray], steps: int, what: str, progress: bool) -> Iterable[np.ndarray]:
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, total=steps, desc=what, unit="step", disable=not progress)
+
+
+def _optimiser(trained: dict[str, nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": [p], "lr": learning_rate * rate_factor(name), "peak": learning_rate
+                               * rate_factor(name), "weight_decay": 0.01 if p.ndim > 1 else 0.0}
+                              for name, p in trained.items() if p.requires_grad])
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor, trained: Iterable[nn.Parameter], step: int, steps: int
+          ) -> None:
+    """One update; the rate rises for five steps and falls to 0 over the second half."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * min(1, (step + 1) / 5, (steps - step) / (steps / 2))
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimiser.step()

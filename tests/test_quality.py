@@ -402,7 +402,8 @@ def test_a_run_is_not_gone_on_with_under_other_settings(tiny, tmp_path):
 
 def test_parts_of_the_requests(tiny_data):
     spec = DataSet("tiny", 7, "all", 12, 2)
-    requests = make_requests(tiny_data, spec, "test", 0)
+    requests = make_requests(tiny_data, spec, "test")
+    assert np.array_equal(requests.positions, np.sort(tiny_data.split.test))
     sequences = tiny_data.sequences
     sizes = np.diff(sequences.indptr)
     assert requests.sizes()["history of at most 7"] == int((sizes - 1 <= 7).sum())
@@ -411,9 +412,6 @@ def test_parts_of_the_requests(tiny_data):
     counts = np.bincount(train, minlength=40)[requests.targets]
     assert requests.sizes()["target without a training event"] == int((counts == 0).sum())
     assert requests.sizes()["target with at most 5 training events"] == int((counts <= 5).sum())
-    few = make_requests(tiny_data, spec, "test", 10)
-    assert len(few.positions) == 10 and np.array_equal(few.positions, make_requests(
-        tiny_data, spec, "test", 10).positions)
     ranks = Ranks(np.arange(30), np.zeros(30, np.int64), np.full(30, 40))
     found = requests.metrics(ranks)
     assert found["all"]["HR@10"] == pytest.approx(gains(ranks.expected, "HR@10").mean())

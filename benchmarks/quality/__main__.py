@@ -28,7 +28,7 @@ from .protocol import Requests, make_requests, variants
 from .results import Results, compare, save_ranks
 from .rivals import make_baseline, make_query_row, train_sasrec_row
 from .rows import RECIPES, ROWS, Row, chosen, why_not
-from .settings import DATA, REDUCED_REQUESTS, REQUEST_SEED, DataSet, base_config, facts_of
+from .settings import DATA, DIAGNOSIS_SEED, DataSet, base_config, facts_of
 from .train import Ready, train_karma
 
 RUNS = Path("runs") / "quality"
@@ -91,7 +91,7 @@ def run_row(table: Table, row: Row, seed: int) -> str:
     if wants_diagnosis and ready.model is not None:
         from karma_fast.diagnostics import diagnose
 
-        found = diagnose(ready.model, table.requests.data, split=table.results.values["on"], seed=REQUEST_SEED)
+        found = diagnose(ready.model, table.requests.data, split=table.results.values["on"], seed=DIAGNOSIS_SEED)
         known["diagnostics"] = {name: found[name] for name in ("states", "requests", "attention_requests", "split",
                                                                "seed", "compared", "decoder", "texts", "seconds")}
         table.results.save()
@@ -158,7 +158,7 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     parser.add_argument("--rows", default="all", help=f"with commas, some of {', '.join(ROWS)}; default all")
     parser.add_argument("--seeds", default="0", help="with commas; of weights and of the order of training")
     parser.add_argument("--size", choices=("reduced", "full"), default="reduced",
-                        help="reduced: a small model, few steps, 2,000 requests, for two CPU cores; full: one GPU")
+                        help="reduced: a small model and few steps, for two CPU cores; full: one GPU")
     parser.add_argument("--on", choices=("test", "valid"), default="test")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
                         help="model.NAME or training.NAME, for all KARMA rows; with --on valid to try it")
@@ -187,7 +187,7 @@ def make_table(args: argparse.Namespace) -> Table:
         changes |= {"model.backbone": Path(base.model.backbone).name} if "model.backbone" in changes else {}
     data = load_dataset(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    requests = make_requests(data, spec, args.on, REDUCED_REQUESTS if args.size == "reduced" else 0)
+    requests = make_requests(data, spec, args.on)
     # a table of the test has one setting for all rows; on validation, records of several settings stand side by side
     settings = base if args.on == "test" else base_config(spec, args.size, source)
     about = {"data": spec.name, "size": args.size, "on": args.on, "settings": facts_of(settings),

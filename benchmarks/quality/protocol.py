@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from karma_fast.commands.common import draw
 from karma_fast.data import Dataset
 from karma_fast.data.batches import request
 from karma_fast.evaluation import Ranks, ranking_metrics, seen_before, target_ranks
 
-from .settings import REQUEST_SEED, DataSet
+from .settings import DataSet
 
 KS = (10, 50, 200)
 RARE = 5  # training events of a target up to which it counts as cold
@@ -58,9 +57,9 @@ class Requests:
         return out
 
 
-def make_requests(data: Dataset, spec: DataSet, on: str, number: int) -> Requests:
-    """Those of ``on``, "test" or "valid": all for 0, else so many, the same for every row and seed."""
-    positions = draw(getattr(data.split, on), number, REQUEST_SEED)
+def make_requests(data: Dataset, spec: DataSet, on: str) -> Requests:
+    """All of ``on``, "test" or "valid"."""
+    positions = np.sort(getattr(data.split, on))
     if not len(positions):
         raise ValueError(f"the data has no request for {on}")
     sequences = data.sequences

@@ -16,8 +16,7 @@ from karma_fast.run_setup import training_settings
 from .beauty import ORIGINALS, QUERY_COLUMN, convert, default_folder
 
 Size = Literal["reduced", "full"]
-REDUCED_REQUESTS = 2000  # drawn once, by REQUEST_SEED, whatever the row and its seed
-REQUEST_SEED = 0
+DIAGNOSIS_SEED = 0  # of the requests that diagnostics look at, whatever the row and its seed
 
 
 @dataclass(frozen=True)

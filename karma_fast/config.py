@@ -165,7 +165,7 @@ class KarmaConfig(ModelConfig):
     num_soft_tokens: int = 4  # K, soft tokens through which L_rec decodes an interest embedding
     positions: Literal["last", "all"] = "all"
     history_shortcut: bool = True  # u also gets a learned mean of the latest items, past the LLM
-    shortcut_warmup_epochs: float = 0.0  # passes before training in which items and shortcut learn without the LLM
+    shortcut_warmup_epochs: float = 2.0  # passes before training in which items and shortcut learn without the LLM
     max_text_tokens: int = 24  # of the target's text in L_gen and L_rec
     text_vectors: Literal["states", "words", "both"] = "states"  # of items' texts: the LLM's states, TF-IDF, or both
     word_dim: int = 256  # width of the TF-IDF vectors
@@ -189,8 +189,6 @@ class KarmaConfig(ModelConfig):
         self.at_least(0, "act_weight", "decode_weight", "gen_weight", "rec_weight", "vis_weight",
                       "decoder_warmup_steps", "id_folds", "shortcut_warmup_epochs")
         require(self.id_folds != 1, "model.id_folds: got 1; 0 for none, or at least 2 groups are needed")
-        require(self.history_shortcut or self.shortcut_warmup_epochs == 0, "model.shortcut_warmup_epochs: got "
-                f"{self.shortcut_warmup_epochs}, but model.history_shortcut is false; set one of them back")
         require(self.act_weight > 0 or (self.decode_weight > 0 and max(self.gen_weight, self.rec_weight,
                 self.vis_weight) > 0), "model: every loss weight is 0; set at least one above 0")
         require(0 < self.decode_share <= 1,

@@ -89,11 +89,11 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         say(f"ranking {len(positions):,} test requests before training")
         with stage("baselines", stages):
             rows |= {BASELINES[name]: row for name, row in baseline_rows(data, positions).items()}
-        with stage("untrained model", stages):
+        with stage("start", stages):
             before = encode_requests(model, data, positions)
-            rows[f"{own}_untrained"] = evaluate_model(model, data, positions, users=before)
+            rows[f"{own}_start"] = evaluate_model(model, data, positions, users=before)
             labels, map_before = attention_of(model, data, shown[0])
-        say(f"  HR@10 {rows[f'{own}_untrained']['HR@10']:.4f}; best of the baselines "
+        say(f"  HR@10 {rows[f'{own}_start']['HR@10']:.4f}; best of the baselines "
             f"{max(rows[name]['HR@10'] for name in BASELINES.values()):.4f}\n")
 
     with stage("training", stages):

@@ -191,7 +191,7 @@ def _missing(name):
 def test_train_writes_the_whole_run(shop):
     run = shop / "runs" / "tiny"
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "karma_untrained", "karma"]
+    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "karma_start", "karma"]
     assert {"HR@1", "HR@5", "HR@10", "HR@50", "HR@200", "NDCG@10", "MRR"} <= set(metrics["rows"]["karma"])
     assert metrics["steps"] == 3 and metrics["requests"] == 30 and metrics["peak_rss_bytes"] > 1e8
     assert "40 items" in metrics["protocol"] and "train shop.yaml --max_steps 3" in metrics["command"]
@@ -212,7 +212,7 @@ def test_train_writes_the_whole_run(shop):
     assert (run / "report.html").stat().st_size > 1000 and (run / "report.md").is_file()
     assert list(run.rglob("events.out.tfevents*"))
     out = (shop / "out.txt").read_text(encoding="utf-8")
-    assert "step 3/3" in out and "negatives" in out and "KARMA untrained" in out and "came next" in out
+    assert "step 3/3" in out and "negatives" in out and "KARMA at the start" in out and "came next" in out
 
 
 def test_a_run_is_not_overwritten_and_can_go_on(here, capsys):

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from info_nce_inputs import make_ids
 from torch.nn import functional as F
 
 from karma_fast.losses.info_nce import InfoNCELoss
 from karma_kernels import info_nce
 from karma_kernels.info_nce.reference import info_nce_rows
 
-FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
+# labels, ids (2: of two kinds), log_q, symmetric, normalize
+FLAGS = list(itertools.product([False, True], [False, True, 2], *[[False, True]] * 3))
 
 
 def make(rows=5, keys=7, width=3, seed=0, dtype=torch.float64, labels=True, ids=True, log_q=True):
@@ -21,7 +23,7 @@ def make(rows=5, keys=7, width=3, seed=0, dtype=torch.float64, labels=True, ids=
         "query": torch.randn(rows, width, generator=g, dtype=dtype),
         "key": torch.randn(keys, width, generator=g, dtype=dtype),
         "labels": torch.randperm(keys, generator=g)[:rows] if labels else None,
-        "key_ids": torch.randint(0, 4, (keys,), generator=g) if ids else None,
+        "key_ids": make_ids(keys, ids, g) if ids else None,
         "log_q": torch.rand(keys, generator=g, dtype=dtype).log() if log_q else None,
     }
 
@@ -40,9 +42,9 @@ def dense(query, key, labels=None, *, scale=20.0, query_ids=None, key_ids=None, 
     if key_ids is not None:
         for i in range(len(query)):
             for j in range(len(key)):
-                row_drop[i, j] = key_ids[j] == ids[i] and j != labels[i]
+                row_drop[i, j] = (key_ids[j] == ids[i]).any() and j != labels[i]
             for k in range(len(query)):
-                column_drop[i, k] = ids[k] == key_ids[labels[i]] and k != i
+                column_drop[i, k] = (ids[k] == key_ids[labels[i]]).any() and k != i
     out = F.cross_entropy(logits.masked_fill(row_drop, -torch.inf), labels, reduction=reduction)
     if symmetric:
         back = scores[:, labels].T.masked_fill(column_drop, -torch.inf)
@@ -231,6 +233,8 @@ REFUSED = [
     ({"query_ids": torch.arange(3)}, ValueError, "query_ids given without key_ids"),
     ({"query_ids": torch.arange(4), "key_ids": torch.arange(4)}, ValueError, "query_ids: got shape"),
     ({"key_ids": torch.arange(3)}, ValueError, "key_ids: got shape"),
+    ({"key_ids": torch.zeros(4, 3, dtype=torch.long)}, ValueError, r"key_ids: got shape \(4, 3\); \(4,\) or \(4, 2\)"),
+    ({"key_ids": torch.zeros(4, 2, dtype=torch.long), "query_ids": torch.arange(3)}, ValueError, "both need one kind"),
     ({"key_ids": torch.rand(4)}, TypeError, "key_ids: got dtype"),
     ({"log_q": torch.zeros(3)}, ValueError, "log_q: got shape"),
     ({"log_q": torch.zeros(4, dtype=torch.long)}, TypeError, "log_q: got dtype"),

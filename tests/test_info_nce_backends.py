@@ -13,7 +13,8 @@ from karma_fast import InfoNCELoss
 from karma_kernels import info_nce
 from karma_kernels.info_nce import chunked, op, routing
 
-FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
+# labels, ids (2: of two kinds), log_q, symmetric, normalize
+FLAGS = list(itertools.product([False, True], [False, True, 2], *[[False, True]] * 3))
 
 
 @pytest.mark.parametrize("labels,ids,log_q,symmetric,normalize", FLAGS)

@@ -123,8 +123,9 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
                                       + model.shortcut.gain * means, dim=-1)
     e = model.item_embeddings(batch.keys)
     logits = u @ e.T * model.loss.contrastive.scale - batch.log_q
-    repeats = (batch.keys[:len(u), None] == batch.keys) & ~torch.eye(len(u), len(e), dtype=torch.bool)
-    act = cross_entropy(logits.masked_fill(repeats, -torch.inf), torch.arange(len(u)))
+    left_out = (batch.keys[:len(u), None] == batch.keys) | (batch.key_users[:len(u), None] == batch.key_users)
+    left_out &= ~torch.eye(len(u), len(e), dtype=torch.bool)
+    act = cross_entropy(logits.masked_fill(left_out, -torch.inf), torch.arange(len(u)))
 
     decoder = copy.deepcopy(lm)  # one that never had adapters
     for module in decoder.modules():

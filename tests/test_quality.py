@@ -144,7 +144,7 @@ def test_queries_of_beauty_take_the_last_position(tmp_path, monkeypatch):
         assert config.model.positions == ("last" if DATA[name].queries else "all")
         assert config.training["batch_size"] == 4096
         # settings of the data set's own, which --set still changes
-        assert (config.model.id_window, config.model.text_vectors, config.model.embedding_dim) == (3, "words", 512)
+        assert (config.model.id_window, config.model.text_vectors, config.model.embedding_dim) == (3, "words", 768)
         changed = base_config(DATA[name], "reduced", DataConfig(name="ml-100k"), {"model.id_window": "5"})
         assert (changed.model.id_window, changed.model.text_vectors) == (5, "words")
         other = base_config(DATA["ml-100k"], "full", DataConfig(name="ml-100k"))

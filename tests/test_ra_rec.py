@@ -414,9 +414,9 @@ def test_a_run_from_end_to_end(config_file, capsys):
     out = capsys.readouterr().out
     assert "RA-Rec" in out and "not predicted for this recipe" in out
     metrics = json.loads(Path("runs/tiny/metrics.json").read_text())
-    assert metrics["recipe"] == "ra_rec" and {"ra_rec", "ra_rec_untrained", "item_knn"} <= metrics["rows"].keys()
+    assert metrics["recipe"] == "ra_rec" and {"ra_rec", "ra_rec_start", "item_knn"} <= metrics["rows"].keys()
     report = Path("runs/tiny/report.md").read_text()
-    assert report.startswith("# RA-Rec run") and "| RA-Rec untrained |" in report and "RA-Rec loses" in report
+    assert report.startswith("# RA-Rec run") and "| RA-Rec at the start |" in report and "RA-Rec loses" in report
     assert main(["evaluate", "runs/tiny", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["rows"]["ra_rec"]
     assert row["MRR"] == pytest.approx(metrics["rows"]["ra_rec"]["MRR"], abs=1e-6)

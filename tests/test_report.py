@@ -63,12 +63,12 @@ def synthetic_run(folder, steps=340, seed=0):
         "popularity": row(0.0095, 0.0339, 0.0541, 0.1909, 0.4899, 0.0273, 0.0284, 0.8113, 0.4, 0.0095),
         "item_knn": row(0.0201, 0.0668, 0.1166, 0.3446, 0.6818, 0.0582, 0.0529, 0.8890, 0.0, 0.0201),
         "title_tfidf": row(0.0032, 0.0106, 0.0191, 0.0753, 0.2386, 0.0096, 0.0111, 0.5842, 0.5, 0.0032),
-        "karma_untrained": row(0.0095, 0.0435, 0.0817, 0.2556, 0.5556, 0.0395, 0.0380, 0.8500, 0.0, 0.0095),
+        "karma_start": row(0.0095, 0.0435, 0.0817, 0.2556, 0.5556, 0.0395, 0.0380, 0.8500, 0.0, 0.0095),
         "karma": row(0.0223, 0.0774, 0.1304, 0.3796, 0.7211, 0.0667, 0.0591, 0.9012, 0.0, 0.0223)},
         "protocol": "MovieLens-100K: 943 requests ranked against all 1,682 items, seen items left out, ties count "
                     "half, the model reads the last 20 items; leave one out: last event test, last but one "
                     "validation; equal timestamps shuffled with seed 0",
-        "seconds": 512.4, "stage_seconds": {"data": 4.2, "model": 38.1, "baselines": 2.0, "untrained model": 22.0,
+        "seconds": 512.4, "stage_seconds": {"data": 4.2, "model": 38.1, "baselines": 2.0, "start": 22.0,
                                             "training": 301.2, "evaluation": 88.0, "saving": 1.4},
         "peak_rss_bytes": 2_310_000_000, "seed": 0, "command": "karma-fast demo --data.name MovieLens-100K",
         "versions": {"python": "3.11.7", "karma-fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
@@ -346,16 +346,16 @@ def rows(**values):
 
 
 def test_a_defeat_comes_first_and_all_of_them_are_named():
-    found = rows(popularity=0.05, item_knn=0.20, title_tfidf=0.15, karma_untrained=0.02, karma=0.10)
+    found = rows(popularity=0.05, item_knn=0.20, title_tfidf=0.15, karma_start=0.02, karma=0.10)
     lead, rest, _ = verdict(found, 1000)
     assert lead == "KARMA loses to item-kNN: HR@10 0.1000 against 0.2000 (0.50×)."
     assert rest == ("It is also behind title TF-IDF (0.1500, 0.67×). It beats popularity (0.0500, 2.00×) and its own "
-                    "untrained start (0.0200, 5.00×).")
+                    "start (0.0200, 5.00×).")
 
 
 def test_training_that_made_it_worse_is_said_first():
-    assert verdict(rows(popularity=0.05, karma_untrained=0.3, karma=0.1), 1000)[0].startswith(
-        "KARMA loses to its own untrained start")
+    assert verdict(rows(popularity=0.05, karma_start=0.3, karma=0.1), 1000)[0].startswith(
+        "KARMA loses to its own start")
 
 
 def test_a_gap_within_noise_is_no_victory_and_no_defeat():

@@ -66,14 +66,14 @@ DATA: dict[str, DataSet] = {data.name: data for data in (
 REDUCED = {
     "model": {"backbone": "smollm2-135m-instruct", "quantization": "4bit", "lora_rank": 8, "lora_alpha": 16.0,
               "lora_targets": "q_proj,v_proj", "max_history": 20, "id_dim": 256, "decode_weight": 0.02,
-              "decode_share": 0.25, "decoder_warmup_steps": 20, "shortcut_warmup_epochs": 2},
+              "decode_share": 0.25, "decoder_warmup_steps": 20},
     "training": {"learning_rate": 3e-4, "projection_learning_rate": 2e-4, "warmup_steps": 5, "logging_steps": 10,
                  "save_steps": 20, "save_total_limit": 1, "report_to": "none"},
 }
 # one GPU
 FULL = {
     "model": {"backbone": "Qwen/Qwen2.5-0.5B", "quantization": "none", "max_history": 50, "id_dim": 256,
-              "decode_weight": 0.1, "decoder_warmup_steps": 200, "shortcut_warmup_epochs": 2},
+              "decode_weight": 0.1, "decoder_warmup_steps": 200},
     "training": {"num_train_epochs": 10, "batch_size": 4096, "learning_rate": 1e-4, "projection_learning_rate": 2e-4,
                  "warmup_steps": 20, "logging_steps": 10, "save_steps": 50, "save_total_limit": 1, "report_to": "none",
                  "eval_strategy": "steps", "eval_steps": 50, "eval_users": 2000},

@@ -89,7 +89,8 @@ class Collator:
         log_q = None if self.ours.log_q is None else torch.from_numpy(self.ours.log_q)[keys]
         return {**{name: batch[name] for name in ("heads", "histories", "texts", "decode_texts")},
                 "decode_pairs": torch.tensor(batch["decode_pairs"], dtype=torch.int64), "keys": keys,
-                "num_pairs": len(positives), "log_q": log_q, "num_texts": len(windows) * self.config.decode_share}
+                "users": torch.from_numpy(self.sequences.user_of(targets)), "log_q": log_q,
+                "num_texts": len(windows) * self.config.decode_share}
 
     def further_pairs(self, start: int, end: int, inner: int) -> list[int]:
         extra = min(self.config.decode_positions - 1, inner)
@@ -154,7 +155,7 @@ class UsualModel(nn.Module):
                                             nn.Linear(config.embedding_dim, features.widths["image"]))
         self.to(language_model.device)
 
-    def forward(self, heads: list[Tensor], histories: list[Tensor], texts: list[Tensor], keys: Tensor, num_pairs: int,
+    def forward(self, heads: list[Tensor], histories: list[Tensor], texts: list[Tensor], keys: Tensor, users: Tensor,
                 log_q: Tensor | None, decode_texts: list[Tensor], decode_pairs: Tensor, num_texts: float
                 ) -> dict[str, Tensor]:
         config = self.config
@@ -172,7 +173,7 @@ class UsualModel(nn.Module):
         u = F.normalize(u, dim=-1)
         parts = {}
         if config.weight("act") > 0:
-            parts["act"] = self.contrastive(u, keys, num_pairs, log_q)
+            parts["act"] = self.contrastive(u, keys, users, log_q)
         if config.weight("gen") > 0:
             parts["gen"] = text_losses(logits, labels).sum() / num_texts
         num_decoded = num_texts * config.decode_positions
@@ -221,13 +222,15 @@ class UsualModel(nn.Module):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.emb_token.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def contrastive(self, u: Tensor, keys: Tensor, num_pairs: int, log_q: Tensor | None) -> Tensor:
+    def contrastive(self, u: Tensor, keys: Tensor, users: Tensor, log_q: Tensor | None) -> Tensor:
+        """(P, d_e) embeddings against (N,) keys, of which the first P are the targets of (P,) users."""
         e = F.normalize(self.item_projection(self.features(keys)), dim=-1)
         scores = self.log_scale.exp() * u @ e.T
         if log_q is not None:
             scores = scores - log_q
-        labels = torch.arange(num_pairs, device=u.device)
-        same = keys[:num_pairs, None] == keys
+        labels = torch.arange(len(users), device=u.device)
+        same = keys[:len(users), None] == keys
+        same[:, :len(users)] |= users[:, None] == users
         same[labels, labels] = False
         return F.cross_entropy(scores.masked_fill(same, -torch.inf), labels)
 

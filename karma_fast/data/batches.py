@@ -65,6 +65,7 @@ class KarmaBatch(StepBatch):
     key_items: Tensor  # (U,) distinct rows of the features
     key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
     keys: Tensor  # (N,) catalogue indices; key_items[key_index] without held-out ID vectors
+    key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
     decode: list[DecodeChunk]  # their target texts, for L_rec
@@ -220,7 +221,10 @@ class KarmaCollator:
                               for window in zip(starts.tolist(), ends.tolist(), strict=True)])
         hard = list(self._hard_negatives(positions))
         keys = np.concatenate([positives, *hard])
-        first = self._first_rows(starts)
+        users = self.sequences.user_of(starts)
+        key_users = np.full(len(keys), -1)
+        key_users[:len(positives)] = np.repeat(users, targets)
+        first = np.zeros(len(users), np.int64) if self.first_rows is None else self.first_rows[users]
         of_pairs = np.repeat(first, targets)
         key_items, key_index = np.unique(
             keys + np.concatenate([of_pairs, np.repeat(of_pairs, [len(h) for h in hard] or 0)]), return_inverse=True)
@@ -231,7 +235,7 @@ class KarmaCollator:
         prompts = [self._prompts(starts[part], ends[part], first[part], targets[part], looked_at[part],
                                  len(parts) > 1) for part in parts]
         return KarmaBatch(
-            prompts, *map(torch.from_numpy, (key_items, key_index, keys)),
+            prompts, *map(torch.from_numpy, (key_items, key_index, keys, key_users)),
             None if self.log_q is None else torch.from_numpy(self.log_q[keys]), torch.from_numpy(pairs), decode,
             num_texts=len(ends) * self.config.decode_share,
             num_tokens=sum(len(chunk.tokens.token_ids) for chunk in [*prompts, *decode]))
@@ -239,11 +243,6 @@ class KarmaCollator:
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
         """At most ``chunk_size`` rows each, and all of nearly the same size."""
         return np.array_split(rows, -(-len(rows) // (self.chunk_size or max(1, len(rows))))) if len(rows) else []
-
-    def _first_rows(self, starts: np.ndarray) -> np.ndarray:
-        if self.first_rows is None:
-            return np.zeros(len(starts), np.int64)
-        return self.first_rows[self.sequences.user_of(starts)]
 
     def _prompts(self, starts: np.ndarray, ends: np.ndarray, first: np.ndarray, targets: np.ndarray,
                  looked_at: np.ndarray, with_bare: bool) -> PromptChunk:

@@ -8,7 +8,7 @@ from typing import Any
 
 METRIC = "HR@10"
 NAMES = {"popularity": "popularity", "itemknn": "item-kNN", "titletfidf": "title TF-IDF",
-         "karmauntrained": "KARMA untrained", "karma": "KARMA", "rarecuntrained": "RA-Rec untrained",
+         "karmastart": "KARMA at the start", "karma": "KARMA", "rarecstart": "RA-Rec at the start",
          "rarec": "RA-Rec"}
 
 
@@ -64,8 +64,8 @@ the gap of 0.1000 is 6.1 standard errors of a difference of independent rows. Al
 true noise of a gap is often smaller; another seed or split is not covered.
     """
     scores = {key_of(name): number(row.get(METRIC)) for name, row in rows.items() if isinstance(row, dict)}
-    start, who = key_of(own) + "untrained", name_of(own)
-    names = {key_of(name): name_of(name) for name in rows} | {start: "its own untrained start"}
+    start, who = key_of(own) + "start", name_of(own)
+    names = {key_of(name): name_of(name) for name in rows} | {start: "its own start"}
     own = scores.pop(key_of(own), math.nan)
     rivals = {k: v for k, v in sorted(scores.items(), key=lambda kv: -kv[1]) if math.isfinite(v)}
     if not math.isfinite(own):
@@ -95,7 +95,7 @@ true noise of a gap is often smaller; another seed or split is not covered.
     elif tied:
         lead = f"{who} ties with {_list([names[k] for k in tied])} at {METRIC} {own:.4f}"
     else:
-        kind = "its untrained start" if rival == start else f"the best baseline, {names[rival]}"
+        kind = "its own start" if rival == start else f"the best baseline, {names[rival]}"
         lead = f"{who} {'is ahead of' if unsure else 'beats'} {kind}: {METRIC} {own:.4f} against " \
                f"{rivals[rival]:.4f}{_ratio(own, rivals[rival])}"
     out = [lead + (", a gap within noise." if unsure and gap else ".")]

@@ -20,7 +20,8 @@ class InfoNCELoss(ScaledLoss):
     .. math:: \ell_i = -\log \frac{\exp(s \, q_i \cdot k_{y_i} - \log Q_{y_i})}
               {\sum_{j \notin M_i} \exp(s \, q_i \cdot k_j - \log Q_j)}
 
-    M_i are the keys that carry the id of row i's positive without being it. The scale s is ``exp(log_scale)``.
+    M_i are the keys that carry the id of row i's positive (of two kinds: either id) without being it. The scale s is
+    ``exp(log_scale)``.
 
     Args:
         scale: first value of s.
@@ -59,8 +60,9 @@ class InfoNCELoss(ScaledLoss):
     | query      | (B, D) floating                                                                         |
     | key        | (N, D), same dtype: positives, and any number of further negatives                      |
     | labels     | (B,) integers into this process's ``key``; None: key i belongs to query i               |
-    | query_ids  | (B,) integers, id of the item asked for; None: ``key_ids[labels]``                      |
-    | key_ids    | (N,) integers, id of the item behind a key; None: nothing is masked                     |
+    | query_ids  | (B,) or (B, 2) integers, id of the item asked for; None: ``key_ids[labels]``            |
+    | key_ids    | (N,) or (N, 2) integers, id of the item behind a key, and a second one such as that of  |
+    |            | the user whose target it is; None: nothing is masked                                    |
     | log_q      | (N,) floating, log of the sampling probability of a key; None: no correction            |
     +------------+-----------------------------------------------------------------------------------------+
 

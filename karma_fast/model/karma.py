@@ -235,9 +235,13 @@ class KarmaModel(Recommender):
             yield "vis", lambda: self.image_loss(u, batch)
 
     def contrastive_loss(self, u: Tensor, batch: KarmaBatch) -> Tensor:
-        """L_act, () float32: (P, d_e) embeddings against the batch's keys."""
+        """L_act, () float32: (P, d_e) embeddings against the batch's keys.
+
+        What the user chose at another time is no negative, and neither is another copy of the target.
+        """
         e = F.embedding(batch.key_index, self.item_embeddings(batch.key_items))
-        return self.loss.contrastive(u, e, None, None, batch.keys, batch.log_q)
+        ids = torch.stack([batch.keys, batch.key_users], dim=1)
+        return self.loss.contrastive(u, e, None, None, ids, batch.log_q)
 
     def wants_images(self, batch: KarmaBatch) -> bool:
         return self.loss.wants("vis") and self.image_head is not None and len(batch.decode_pairs) > 0

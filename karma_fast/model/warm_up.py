@@ -104,10 +104,10 @@ def _optimiser(trained: dict[str, nn.Parameter], learning_rate: float) -> torch.
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor, trained: Iterable[nn.Parameter], step: int, steps: int
           ) -> None:
-    """One update; the rate rises for five steps and falls to 0 over the second half."""
+    """One update, after which no gradient is left; the rate rises for five steps and falls over the second half."""
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * min(1, (step + 1) / 5, (steps - step) / (steps / 2))
-    optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimiser.step()
+    optimiser.zero_grad()

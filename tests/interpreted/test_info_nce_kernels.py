@@ -11,7 +11,8 @@ from karma_kernels import info_nce
 from karma_kernels.info_nce import configs, fused, launch, library, op, routing
 from karma_kernels.info_nce.problem import Wanted
 
-FLAGS = list(itertools.product([False, True], repeat=5))  # labels, ids, log_q, symmetric, normalize
+# labels, ids (2: of two kinds), log_q, symmetric, normalize
+FLAGS = list(itertools.product([False, True], [False, True, 2], *[[False, True]] * 3))
 PATHS = ["rows", "staged", "library"]
 # NaN is what these cases are about
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

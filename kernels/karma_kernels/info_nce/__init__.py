@@ -39,11 +39,13 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
         scale: s, a number or a tensor with one element, which gets its gradient.
         query_ids: (B,) integers, the id of each row's positive. Default: ``key_ids[labels]``.
         key_ids: (N,) integers. Key j is dropped from row i (the set M) if ``key_ids[j] == query_ids[i]`` and it is not
-            the positive itself: another copy of the item asked for is no negative.
+            the positive itself: another copy of the item asked for is no negative. (N, 2), with (B, 2) ``query_ids``:
+            ids of two kinds, such as item and user; dropped if those of either kind are equal.
         log_q: (N,) floating, log of the probability with which the key got into the batch.
         symmetric: the mean of this loss and of the one that looks for query i among all queries from its positive:
             the softmax of column ``labels[i]`` over the queries, without query k != i where
-            ``query_ids[k] == key_ids[labels[i]]``. ``log_q`` is not used in that direction. Labels must be distinct.
+            ``query_ids[k] == key_ids[labels[i]]`` (of either kind). ``log_q`` is not used in that direction. Labels
+            must be distinct.
         reduction: "mean", "sum" or "none" ((B,) losses).
         normalize: L2-normalise query and key first. A zero row stays zero and gets a zero gradient.
         backend: "reference" is the definition, holds the (B, N) scores in memory and alone has second derivatives and
@@ -131,14 +133,18 @@ def check_inputs(query: Tensor, key: Tensor, labels: Tensor | None = None, query
             raise TypeError(f"{name}: got {type(x).__name__}; a tensor is needed")
         if x.device != query.device:
             raise ValueError(f"{name} is on {x.device} and query on {query.device}; move one of them")
-        if x.shape != (size,):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; ({size},) is needed")
+        if x.shape != (size,) and not (name.endswith("_ids") and x.shape == (size, 2)):
+            also = f" or ({size}, 2)" if name.endswith("_ids") else ""
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; ({size},){also} is needed")
         allowed = FLOATS if name == "log_q" else INTEGERS
         if x.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise TypeError(f"{name}: got dtype {x.dtype}; one of {names} is needed")
     if query_ids is not None and key_ids is None:
         raise ValueError("query_ids given without key_ids; give key_ids too, ids are compared with those of the keys")
+    if query_ids is not None and query_ids.ndim != key_ids.ndim:
+        raise ValueError(f"query_ids: got shape {tuple(query_ids.shape)} with key_ids {tuple(key_ids.shape)}; both "
+                         "need one kind of id, or both two")
     if labels is None:
         if keys < rows:
             raise ValueError(f"{rows} queries but {keys} keys; without labels each query needs its own key first")

@@ -121,7 +121,10 @@ class Tiles:
         for k in pieces(c.start, c.stop, self.plan.key_block):
             torch.mm(q, self.key.rows(k).T, out=out[:, k.start - c.start:k.stop - c.start])
         if self.x.key_ids is not None:
-            drop_equal(out, self.x.query_ids[r], self.x.key_ids[c])
+            query_ids, key_ids = self.x.query_ids[r], self.x.key_ids[c]
+            for kind in zip(query_ids.unbind(1), key_ids.unbind(1), strict=True) if key_ids.ndim > 1 else [
+                    (query_ids, key_ids)]:
+                drop_equal(out, *kind)
         self.put_positive(out, r, c, -torch.inf)
         return out
 

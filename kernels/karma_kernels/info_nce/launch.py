@@ -48,7 +48,7 @@ class Launch:
     key: Tensor  # (N, D)
     query_norm: Tensor  # (B,) inverse norms; not read without normalize
     key_norm: Tensor
-    query_ids: Tensor  # int32, not read without ids
+    query_ids: Tensor  # (B,) int32, int64 with two kinds; not read without ids
     key_ids: Tensor
     log_q: Tensor  # not read without log_q
     scale: Tensor
@@ -82,7 +82,13 @@ class Launch:
 
 
 def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
-    """int32 ids that are equal where the given ones are: a comparison for each score should be a narrow one."""
+    """int32 ids that are equal where the given ones are: a comparison for each score should be a narrow one.
+
+    Ids of two kinds lie in the halves of one int64.
+    """
+    if key_ids.ndim > 1:
+        kinds = [small_ids(*kind) for kind in zip(query_ids.unbind(1), key_ids.unbind(1), strict=True)]
+        return [(a.long() << 32) | (b.long() & 0xFFFFFFFF) for a, b in zip(*kinds, strict=True)]
     if max(query_ids.itemsize, key_ids.itemsize) <= 4:
         return [query_ids.int().contiguous(), key_ids.int().contiguous()]
     query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()

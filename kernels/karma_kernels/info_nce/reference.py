@@ -23,6 +23,13 @@ def nll_rows(logits: Tensor, positive: Tensor, dropped: Tensor | None) -> Tensor
     return top + torch.log1p(others + torch.expm1(-top))
 
 
+def same_ids(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) and (C,) ids, or (R, 2) and (C, 2) of two kinds -> (R, C), whether those of any kind are equal."""
+    if a.ndim == 1:
+        return a.unsqueeze(1) == b
+    return (a.unsqueeze(1) == b).any(dim=2)
+
+
 def info_nce_rows(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, query_ids: Tensor | None,
                   key_ids: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool) -> Tensor:
     """Checked inputs -> (B,) losses, float64 for float64 inputs and float32 otherwise."""
@@ -44,11 +51,11 @@ def info_nce_rows(query: Tensor, key: Tensor, labels: Tensor, scale: Tensor, que
 
     if key_ids is not None and query_ids is None:
         query_ids = key_ids[labels]
-    dropped = None if key_ids is None else query_ids.unsqueeze(1) == key_ids  # (B, N); nll_rows keeps the positive
+    dropped = None if key_ids is None else same_ids(query_ids, key_ids)  # (B, N); nll_rows keeps the positive
     rows = nll_rows(logits, labels, dropped)
     if symmetric:
         itself = torch.arange(query.shape[0], device=query.device)
-        dropped = None if key_ids is None else key_ids[labels].unsqueeze(1) == query_ids  # (B, B)
+        dropped = None if key_ids is None else same_ids(key_ids[labels], query_ids)  # (B, B)
         rows = (rows + nll_rows(scores[:, labels].T, itself, dropped)) / 2
     # a score of -inf would quietly drop a key: whatever is not finite must show, in the loss and in every gradient
     return rows * torch.where(fine, 1.0, torch.nan).to(dtype)

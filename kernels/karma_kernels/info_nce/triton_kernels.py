@@ -1,9 +1,9 @@
 """The Triton kernels of InfoNCE. Shapes: queries (B, D), keys (N, D), a tile of scores (M, N).
 
 Logits are ``z = scale * f_i * f_j * <x_i, y_j> (- log_q_j)`` with f the inverse norms (``NORMALIZE``) and are kept in
-units of log2, so that ``exp2`` serves. Sums leave the positive out, see
-``problem.Statistics``. Ids are int32, see ``launch.small_ids``. Offsets of rows are 64 bit. Nothing is added
-atomically: each output has one writer, so bits repeat.
+units of log2, so that ``exp2`` serves. Sums leave the positive out, see ``problem.Statistics``. Ids are int32 or pairs
+of them, see ``launch.small_ids``. Offsets of rows are 64 bit. Nothing is added atomically: each output has one writer,
+so bits repeat.
 """
 
 from __future__ import annotations
@@ -100,6 +100,15 @@ def positives_kernel(q, k, q_factor, k_factor, scale, labels, log_q, plain, posi
 
 
 @triton.jit
+def differ(a, b):
+    """Whether ids differ; int64 hold two, which must both."""
+    if a.dtype == tl.int64:
+        x = a ^ b
+        return (x.to(tl.int32) != 0) & ((x >> 32).to(tl.int32) != 0)
+    return a != b
+
+
+@triton.jit
 def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_least, labels, q_ids, k_ids, log_q,
                       top_out, rest_out, key_top_out, key_rest_out, row_start, row_stop, key_start, key_stop,
                       keys_per_program, D, q_stride, k_stride, scores_stride, HAS_IDS: tl.constexpr,
@@ -138,7 +147,7 @@ def statistics_kernel(q, k, scores, q_factor, k_factor, scale, positive, key_lea
             z *= a
         keep = row_inside[:, None] & key_inside[None, :] & (label[:, None] != keys[None, :])
         if HAS_IDS:
-            keep = keep & (row_id[:, None] != tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
+            keep = keep & differ(row_id[:, None], tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
         z = tl.where(keep, z, -float("inf"))
         if SYMMETRIC:
             key_top = tl.maximum(tl.max(z, 0), tl.load(key_least + keys, mask=key_inside, other=0.0))
@@ -242,7 +251,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
             z *= a
         keep = x_inside[:, None] & y_inside[None, :]
         if HAS_IDS:
-            keep = keep & (x_id[:, None] != tl.load(y_ids + ys, mask=y_inside, other=0)[None, :])
+            keep = keep & differ(x_id[:, None], tl.load(y_ids + ys, mask=y_inside, other=0)[None, :])
         if QUERY_IS_X:
             is_positive = label[:, None] == ys[None, :]
             top_r, factor_r, v = x_top, x_scale, x_value
@@ -310,8 +319,8 @@ def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale
     is_positive = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)[:, None] == keys[None, :]
     keep = inside
     if HAS_IDS:
-        keep = keep & (tl.load(q_ids + rows, mask=row_inside, other=0)[:, None]
-                       != tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
+        keep = keep & differ(tl.load(q_ids + rows, mask=row_inside, other=0)[:, None],
+                             tl.load(k_ids + keys, mask=key_inside, other=0)[None, :])
     top_r = tl.load(row_top + rows, mask=row_inside, other=0.0)[:, None]
     factor_r = tl.load(row_factor + rows, mask=row_inside, other=0.0)[:, None]
     top_k, factor_k, bias = top_r, factor_r, top_r  # stand-ins where they are not used

@@ -32,6 +32,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FASTEST = {90: "wgmma", 100: "tcgen05"}  # elsewhere mma.sync
 WIDTHS = (32, 64, 128, 256, 512, 768, 1024, 2048, 4096)
 FLAGS = ("ids", "log_q", "normalize", "symmetric")
+TWO = "two kinds of ids"
 KERNELS = {"row_factors_kernel", "positives_kernel", "statistics_kernel", "merge_kernel", "finish_kernel",
            "gradient_rows_kernel", "gradient_tile_kernel"}
 EXACT_KERNELS = {"pair_scores_kernel", "resolve_kernel", "exact_kernel"}  # of ranks
@@ -65,6 +66,8 @@ BATCHES = [
     Batch(90, "bfloat16", ALL, ONE),
     *(Batch(90, "bfloat16", flags, LARGE) for flags in (ALL, NONE)),
     *(Batch(90, "bfloat16", frozenset(flags), SQUARE[2:5:2]) for flags in MIXED),
+    *(Batch(sm, "bfloat16", frozenset({"ids", TWO, "log_q"}), SQUARE[1:6:2]) for sm in ARCHITECTURES),  # KarmaModel's
+    Batch(90, "bfloat16", ALL | {TWO}, SQUARE[3:4]),
     *(Batch(sm, "float16", ALL, SQUARE[2:5:2]) for sm in ARCHITECTURES),
     *(Batch(sm, "tf32", ALL, SQUARE[1:5]) for sm in ARCHITECTURES),
     *(Batch(sm, "ieee", ALL, SQUARE[1:5]) for sm in (80, 90)),
@@ -80,7 +83,8 @@ def compile_batch(batch: Batch) -> list[Launch]:
 
     launches: list[Launch] = []
     for rows, keys, width in batch.shapes:
-        ids = [empty(n, dtype=torch.int64) if "ids" in batch.flags else None for n in (rows, keys)]
+        kinds = (2,) if TWO in batch.flags else ()
+        ids = [empty(n, *kinds, dtype=torch.int64) if "ids" in batch.flags else None for n in (rows, keys)]
         log_q = empty(keys) if "log_q" in batch.flags else None
         x = op.problem(empty(rows, width, dtype=dtype), empty(keys, width, dtype=dtype),
                        empty(rows, dtype=torch.int64), empty(), *ids, log_q, "symmetric" in batch.flags,

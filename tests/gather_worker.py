@@ -39,7 +39,7 @@ def cases(processes: int) -> list[Case]:
              for sizes in splits for hard in (0, 1, 3) for symmetric in (False, True) for extras in chosen]
     found += [Case(sizes, 1, symmetric, everything, variant)
               for sizes in splits[:2] for symmetric in (False, True)
-              for variant in ("twice", "autocast", "frozen keys", "int16 and int32 ids")]
+              for variant in ("twice", "autocast", "frozen keys", "int16 and int32 ids", "two kinds")]
     return found + wrong_cases(processes)
 
 
@@ -96,6 +96,9 @@ class Model(nn.Module):
         if variant == "int16 and int32 ids":
             arguments["query_ids"] = batch.query_ids.to(torch.int16)
             arguments["key_ids"] = batch.key_ids.to(torch.int32 if batch.labels is None else torch.int16)
+        if variant == "two kinds":
+            arguments |= {name: torch.stack([arguments[name], -arguments[name] % 4], dim=1)
+                          for name in ("query_ids", "key_ids")}
         if variant == "frozen keys":
             key = key.detach()
         loss = self.loss(query, key, batch.labels, **arguments)
@@ -182,6 +185,7 @@ def refusals(rank: int) -> dict[str, str]:
              "dtype": {"key": torch.randn(2, 3).bfloat16(), "query": torch.randn(2, 3).bfloat16()},
              "grad": {"key": torch.randn(2, 3, requires_grad=True)}}
     trials = {name: change if rank == 0 else {} for name, change in first.items()}
+    trials["kinds"] = {"key_ids": torch.zeros((2, 2) if rank == 0 else 2, dtype=torch.int64)}
     trials["label"] = {"labels": torch.tensor([0, 2])}  # the first key of the next process
     found = {}
     for name, change in trials.items():

@@ -23,6 +23,7 @@ def test_pairs_read_the_item_before_their_target(tiny_config, tiny_data, tmp_pat
         window = tiny_data.sequences.items[starts[row]:ends[row]]
         for place, target in enumerate(window[1:]):
             assert rows[chunk.pairs[at]] == row and batch.keys[at] == target
+            assert batch.key_users[at] == tiny_data.sequences.user_of(starts[row])
             if place == len(window) - 2:
                 assert chunk.pairs[at] == chunk.emb[row] and chunk.tokens.slots[chunk.pairs[at]] == EMB
             else:
@@ -62,6 +63,7 @@ def test_hard_negatives_are_extra_keys_with_their_log_q_and_raise_the_loss(tiny_
     log_q = torch.from_numpy(log_sampling_probability(plain, tiny_data.split, 40))
     assert torch.equal(with_them.log_q, log_q[with_them.keys])
     assert model(with_them).parts.act > model(without).parts.act
+    assert (with_them.key_users[pairs:] == -1).all()
     limited = KarmaCollator(model.config, model.prompts, shown, None, max_hard_negatives=1)
     starts, ends = training_windows(plain, tiny_data.split, model.config.max_history, "all")
     assert len(limited([(int(starts[0]), int(ends[0]))]).keys) == 2 * (ends[0] - starts[0] - 1)

@@ -152,6 +152,7 @@ def test_all_refuse_instead_of_waiting(results):
     for result in results:
         refusals = result["refusals"]
         for trial, first, rest in (("ids", "query, key, query_ids, key_ids of width 3", "query, key of width 3"),
+                                   ("kinds", "key_ids, ids of two kinds of width 3", "key_ids of width 3"),
                                    ("width", "width 5", "width 3"), ("dtype", "torch.bfloat16", "torch.float32"),
                                    ("grad", "needed for key on [0]", f"needed for none on {others}")):
             message = refusals.pop(trial)

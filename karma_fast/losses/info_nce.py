@@ -143,7 +143,7 @@ def batch_sizes(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: T
     would wait forever, or mix up two of them.
     """
     inputs = {"query": query, "key": key, "query_ids": query_ids, "key_ids": key_ids, "log_q": log_q}
-    given = [x is not None for x in inputs.values()]
+    given = [*(x is not None for x in inputs.values()), key_ids is not None and key_ids.ndim > 1]
     trained = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs.values()]
     # on the CPU, where the group can do that, the host does not have to wait for the GPU
     device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else query.device
@@ -155,8 +155,8 @@ def batch_sizes(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: T
     if (table[:, 2:] != table[0, 2:]).any():
         kinds: dict[str, list[int]] = {}
         for rank, (width, dtype, *flags) in enumerate(table[:, 2:].tolist()):
-            there = [name for name, flag in zip(inputs, flags[:5], strict=True) if flag]
-            with_grad = [name for name, flag in zip(inputs, flags[5:], strict=True) if flag]
+            there = [name for name, flag in zip([*inputs, "ids of two kinds"], flags[:6], strict=True) if flag]
+            with_grad = [name for name, flag in zip(inputs, flags[6:], strict=True) if flag]
             kind = (f"{', '.join(there)} of width {width} and {FLOATS[dtype]}, with a gradient needed for "
                     f"{', '.join(with_grad) or 'none'}")
             kinds.setdefault(kind, []).append(rank)

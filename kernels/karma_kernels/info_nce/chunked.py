@@ -199,7 +199,7 @@ class Tiles:
 def drop_equal(tile: Tensor, row_ids: Tensor, key_ids: Tensor) -> None:
     """-inf wherever the ids are equal."""
     if tile.device.type == "cpu":  # few are: look them up in the sorted ids instead of comparing all pairs
-        row_ids, (ordered, order) = row_ids.long(), key_ids.long().sort()
+        row_ids, (ordered, order) = row_ids.long().contiguous(), key_ids.long().sort()
         first = torch.searchsorted(ordered, row_ids)
         count = torch.searchsorted(ordered, row_ids, right=True) - first
         total = int(count.sum())

@@ -87,7 +87,7 @@ def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
     Ids of two kinds lie in the halves of one int64.
     """
     if key_ids.ndim > 1:
-        kinds = [small_ids(*kind) for kind in zip(query_ids.unbind(1), key_ids.unbind(1), strict=True)]
+        kinds = [small_ids(*kind) for kind in zip(query_ids.T.contiguous(), key_ids.T.contiguous(), strict=True)]
         return [(a.long() << 32) | (b.long() & 0xFFFFFFFF) for a, b in zip(*kinds, strict=True)]
     if max(query_ids.itemsize, key_ids.itemsize) <= 4:
         return [query_ids.int().contiguous(), key_ids.int().contiguous()]

@@ -20,7 +20,7 @@ from . import __version__
 from .commands.common import device_name
 from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
-from .data.windows import training_windows
+from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
 from .step import OutOfMemory
@@ -221,7 +221,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     windows = trainer.train_dataset
     pairs = float((windows.ends - windows.starts - 1).mean()) if config.positions == "all" else 1
     # with several processes the embeddings of all of them are gathered
-    seen = max(0, round(pairs * min(args.train_batch_size, len(windows)) * args.world_size) - 1)
+    seen = negatives_of(min(args.train_batch_size, len(windows)) * args.world_size, pairs)
     hard = "" if data.sequences.negatives is None else ", and its shown but unchosen items"
     at_once = min(args.chunk_size or args.train_batch_size, args.train_batch_size)
     steps = args.max_steps if args.max_steps > 0 else round(

@@ -54,7 +54,7 @@ class KarmaTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/karma")
     learning_rate: float = field(default=3e-4)
-    projection_learning_rate: float = field(default=2e-4)  # the starting point is good: 1e-3 loses it
+    projection_learning_rate: float = field(default=2e-4)
     lr_scheduler_type: str = field(default="cosine")
     warmup_steps: float = field(default=10)
     weight_decay: float = field(default=0.01)
@@ -158,6 +158,10 @@ class KarmaTrainer(Trainer):
                           "starts a process for each", stacklevel=2)
             args._n_gpu = 1
         args.per_device_train_batch_size = windows_of_a_step(args, model.config.positions, starts, ends)
+        if args.per_device_train_batch_size * args.world_size == 1 and model.loss.wants("act") \
+                and data.sequences.negatives is None:
+            raise ValueError("a step has one window, whose targets have no negatives; give "
+                             "training.per_device_train_batch_size 2 or more, or a larger training.batch_size")
         log_q = log_sampling_probability(data.sequences, data.split, len(data.items))
         collator = model.collator(data.sequences, log_q, seed=args.seed, chunk_size=args.chunk_size)
         super().__init__(model, args, data_collator=collator,

@@ -9,6 +9,7 @@ import torch
 from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
+from karma_fast.data.schema import Sequences, Split
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.id_vectors import groups_of_users, held_out_id_vectors, id_vectors
@@ -58,8 +59,9 @@ def test_build_warms_up_before_what_is_fitted_to_the_items(tiny_config, tiny_dat
     assert not torch.equal(cold.item_projection.weight, warm.item_projection.weight)  # it begins anew
 
 
-def test_decoder_warm_up_trains_p_rec_alone_and_tells_items_apart(tiny_config, tiny_data, tmp_path):
-    model = build(tiny_config, tiny_data, tmp_path)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_decoder_warm_up_trains_p_rec_alone_and_tells_items_apart(tiny_config, tiny_data, tmp_path, tuning):
+    model = build(tiny_config, tiny_data, tmp_path, tuning=tuning)
     before = weights_of(model)
     losses = warm_up_decoder(model, 30, batch_size=16)
     assert {name.split(".")[0] for name in changed_parts(model, before)} == {"decode_projection"}
@@ -173,3 +175,9 @@ def test_the_plan_counts_all_sets(tiny_config, tiny_data):
     with_vectors = dataclasses.replace(tiny_data, items=dataclasses.replace(
         tiny_data.items, id_vectors=np.zeros((len(tiny_data.items), 3), np.float32)))
     assert Workload.of(config, 32, with_vectors).id_folds == 0
+
+
+def test_no_counts_no_vectors():
+    sequences = Sequences(np.array(["u"], dtype=object), np.array([0, 3]), np.array([0, 1, 2], dtype=np.int32))
+    split = Split(np.array([1]), np.array([1]), np.array([2]), "")
+    assert np.isnan(id_vectors(sequences, split, 5, 2)).all()

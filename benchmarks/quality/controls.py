@@ -5,6 +5,7 @@ Each draws its weights after those of KarmaModel, so that all start from the sam
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -89,12 +90,20 @@ def swapped(values: Sequence, random: np.random.Generator) -> np.ndarray:
     return out
 
 
+def without_images(features: ItemFeatures) -> ItemFeatures:
+    kept = copy.deepcopy(features)
+    kept.kinds.remove("image")
+    del kept.widths["image"], kept.missing["image"]
+    for name in ("image", "image_present", "image_mean", "image_scale"):
+        delattr(kept, name)
+    return kept
+
+
 class ImageTargets(KarmaModel):
     """Items' image vectors are what L_vis predicts from u, and no feature of the items: only the term is added."""
 
     def __init__(self, config, backbone: nn.Module, tokenizer, items, features: ItemFeatures) -> None:
-        without = {name: x for name, x in features.tensors().items() if not name.startswith("image")}
-        super().__init__(config, backbone, tokenizer, items, ItemFeatures.from_tensors(without))
+        super().__init__(config, backbone, tokenizer, items, without_images(features))
         for name in ("image", "image_present"):
             self.features.register_buffer(name, getattr(features, name), persistent=False)
         width = config.embedding_dim

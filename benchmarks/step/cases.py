@@ -74,9 +74,9 @@ class Case:
     def config(self) -> KarmaConfig:
         """Settings of the model; the folder of a random one is still to be named."""
         common = {"positions": self.positions, "decode_share": self.decode_share}
-        if self.shape == DEMO:  # decoder_warmup_steps come before the first step and are no part of it
+        if self.shape == DEMO:  # warm-ups come before the first step and are no part of it
             demo = RunConfig.load(ROOT / "karma_fast" / "demo.yaml").model
-            return dataclasses.replace(demo, decoder_warmup_steps=0, **common)
+            return dataclasses.replace(demo, decoder_warmup_steps=0, shortcut_warmup_epochs=0.0, **common)
         shape = SHAPES[self.shape]
         return KarmaConfig(quantization=shape.quantization, max_history=shape.max_history, id_dim=0,
                            instruction=" ".join(f"t{n}" for n in range(1, 8)), **common)

@@ -64,7 +64,7 @@ class KarmaBatch(StepBatch):
     prompts: list[PromptChunk]  # the pairs of all of them, one chunk after the other, are the batch's
     key_items: Tensor  # (U,) distinct rows of the features
     key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
-    keys: Tensor  # (N,) catalogue indices; key_items[key_index] without held-out ID vectors
+    keys: Tensor  # (N,) catalogue indices; key_items[key_index] are their rows of the features
     key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at

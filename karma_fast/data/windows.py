@@ -64,6 +64,17 @@ def windows_of_pairs(pairs: float, positions: str, starts: np.ndarray, ends: np.
     return max(1, min(len(ends), round(pairs / in_one)))
 
 
+def negatives_of(windows: int, pairs: float, hard: float = 0) -> int:
+    """What a query is compared with beside its target: the other windows' targets and everyone's hard negatives.
+
+    pairs: of a window. hard: of a pair.
+
+    >>> negatives_of(5, 19), negatives_of(5, 19, 2)
+    (76, 266)
+    """
+    return round(pairs * (max(0, windows - 1) + hard * windows))
+
+
 def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """counts (U,) -> for each of the sum(counts) entries: its user and its number within the user, int64."""
     user = np.repeat(np.arange(len(counts)), counts)

@@ -51,6 +51,8 @@ def id_vectors(sequences: Sequences, split: Split, num_items: int, dim: int, win
     counts = co_occurrence(sequences, split, num_items, window)
     sums = np.asarray(counts.sum(axis=1)).ravel()
     present = sums > 0
+    if not present.any():
+        return np.full((num_items, dim), np.nan, np.float32)
     scale = sparse.diags(np.where(present, 1 / np.sqrt(np.where(present, sums, 1)), 0))
     matrix = scale @ counts @ scale
     if dim < num_items - 1:

@@ -129,7 +129,7 @@ class KarmaModel(Recommender):
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
         if self.shortcut is not None:
             self.shortcut.projection.weight.copy_(self.item_projection.weight)
-            if self.config.shortcut_warmup_epochs:
+            if self.config.shortcut_warmup_epochs and self.loss.wants("act"):
                 warm_up_shortcut(self, sequences, split, self.config.shortcut_warmup_epochs, seed, progress)
         if self.decode_projection is not None:
             self._start_decoder(seed)
@@ -237,7 +237,7 @@ class KarmaModel(Recommender):
     def contrastive_loss(self, u: Tensor, batch: KarmaBatch) -> Tensor:
         """L_act, () float32: (P, d_e) embeddings against the batch's keys.
 
-        What the user chose at another time is no negative, and neither is another copy of the target.
+        A key is no negative if it is another target of the same user or another copy of the target.
         """
         e = F.embedding(batch.key_index, self.item_embeddings(batch.key_items))
         ids = torch.stack([batch.keys, batch.key_users], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -33,7 +35,9 @@ def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epoc
     if not len(starts):
         return []
     log_q = log_sampling_probability(sequences, split, len(model.features))
-    collate = model.collator(sequences, log_q, seed)
+    reader = copy.copy(model)
+    reader.config = dataclasses.replace(model.config, decode_weight=0.0)  # no texts
+    collate = reader.collator(sequences, log_q, seed)
     count = windows_of_pairs(PAIRS, model.config.positions, starts, ends)
     steps = max(1, round(epochs * len(starts) / count))
     trained = {f"{part}.{name}": p for part in ("item_projection", "shortcut", "features", "loss")
@@ -77,6 +81,7 @@ def warm_up_decoder(model: KarmaModel, steps: int, seed: int = 0, progress: bool
         loss = model.reconstruction_loss(model.encode_items(items).to(model.device), texts) / len(items)
         _step(optimiser, loss, trained.values(), len(losses), steps)
         losses.append(loss.item())
+    model.zero_grad()  # with full tuning the decoder has gradients too
     return losses
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import KarmaConfig
 from ..data.schema import Dataset
+from ..data.windows import negatives_of
 from ..model.backbone import decoder_layers
 from .build import LAYERS, depth, simulated_model, weight_bytes
 from .optimiser import state_bytes
@@ -140,10 +141,11 @@ class Planner:
                  "gradients": peak.gradients, "activations": peak.activations, "temporaries": peak.temporaries}
         if self.device_type == "cuda":
             parts["runtime"] = CUDA_CONTEXT + CUBLAS + int(FRAGMENTS * sum(parts.values()))
-        pairs = self.batch_size * (self.workload.history if self.config.positions == "all" else 1)
+        pairs = self.workload.history if self.config.positions == "all" else 1
         return MemoryPlan(parts, self.config.backbone, self.device_type, self.batch_size,
                           min(chunk_size or self.batch_size, self.batch_size), self.config.gradient_checkpointing,
-                          self.workload.history, pairs * (1 + self.workload.hard_negatives) - 1, self.assumed())
+                          self.workload.history, negatives_of(self.batch_size, pairs, self.workload.hard_negatives),
+                          self.assumed())
 
     def assumed(self) -> list[str]:
         load, out = self.workload, []

@@ -84,7 +84,7 @@ class Launch:
 def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
     """int32 ids that are equal where the given ones are: a comparison for each score should be a narrow one.
 
-    Ids of two kinds lie in the halves of one int64.
+    Of two kinds: int64 with one of such ids in either half.
     """
     if key_ids.ndim > 1:
         kinds = [small_ids(*kind) for kind in zip(query_ids.T.contiguous(), key_ids.T.contiguous(), strict=True)]

@@ -19,8 +19,8 @@ class Problem:
     key: Tensor  # (N, D)
     labels: Tensor  # (B,), within range
     scale: Tensor  # (), compute dtype
-    query_ids: Tensor | None  # (B,), given whenever key_ids is
-    key_ids: Tensor | None  # (N,)
+    query_ids: Tensor | None  # (B,) or (B, 2), given whenever key_ids is
+    key_ids: Tensor | None  # (N,) or (N, 2)
     log_q: Tensor | None  # (N,)
     symmetric: bool
     normalize: bool

@@ -424,7 +424,8 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
     random, files, records = np.random.default_rng(0), {}, []
     ranks = {("A", 0): random.integers(0, 40, 50), ("A", 1): random.integers(0, 40, 50),
              ("C", 0): random.integers(0, 40, 50), ("C", 1): random.integers(0, 40, 50),
-             ("C", 2): random.integers(0, 40, 50), ("popularity", 0): random.integers(0, 40, 50)}
+             ("C", 2): random.integers(0, 40, 50), ("popularity", 0): random.integers(0, 40, 50),
+             ("mix", 0): random.integers(0, 40, 50)}
     for (row, seed), expected in ranks.items():
         files[row, seed] = tmp_path / f"{row}-{seed}.npz"
         np.savez(files[row, seed], positions=np.arange(50), masked=expected.astype(float))
@@ -436,6 +437,9 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
     assert own["seeds"] == 2 and own["HR@10"]["difference"] == pytest.approx(difference.mean())
     assert own["HR@10"]["standard_error"] == pytest.approx(difference.std(ddof=1) / 50**0.5)
     assert own["HR@10"]["by_seed"][1] == pytest.approx((hits["C", 1] - hits["A", 1]).mean())
+    seeds = [hits["C", seed] - hits["mix", 0] for seed in range(3)]
+    assert found["C"]["mix, masked"]["HR@10"]["difference"] == pytest.approx(np.mean(seeds))
+    assert found["C"]["mix, masked"]["HR@10"]["by_seed"] == pytest.approx([x.mean() for x in seeds])
     plain = hits["popularity", 0] - (hits["A", 0] + hits["A", 1]) / 2
     assert found["popularity"]["A, masked"]["HR@10"]["difference"] == pytest.approx(plain.mean())
     np.savez(files["C", 0], positions=np.arange(1, 51), masked=np.zeros(50))

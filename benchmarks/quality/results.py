@@ -22,7 +22,7 @@ from .rows import ROWS
 
 LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate", "scipy")
 COMPARED = ("HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
-REFERENCE = "A"
+REFERENCES = ("mix", "A")
 
 
 def now() -> str:
@@ -77,7 +77,7 @@ def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path]
             ) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> "row2, variant" -> metric -> difference to row2, with its standard error over requests.
 
-    Every row is compared with A and with the row it is derived from, request by request. With several seeds a request
+    Every row is compared with the tuned mix, with A and with the row it is derived from, request by request. With several seeds a request
     counts by its mean over those that both rows have; a row without seeds meets each of the other's.
     """
     seeds: dict[str, list[int]] = {}
@@ -86,7 +86,7 @@ def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path]
             seeds.setdefault(record["row"], []).append(record["seed"])
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for row in seeds:
-        for other in dict.fromkeys((REFERENCE, ROWS[row].parent)):
+        for other in dict.fromkeys((*REFERENCES, ROWS[row].parent)):
             pairs = seed_pairs(row, other, seeds)
             if other == row or not pairs:
                 continue
@@ -102,6 +102,8 @@ def seed_pairs(row: str, other: str, seeds: dict[str, list[int]]) -> list[tuple[
         return []
     if not ROWS[row].seeded:
         return [(seeds[row][0], seed) for seed in sorted(seeds[other])]
+    if not ROWS[other].seeded:
+        return [(seed, seeds[other][0]) for seed in sorted(seeds[row])]
     return [(seed, seed) for seed in sorted(set(seeds[row]) & set(seeds[other]))]
 
 

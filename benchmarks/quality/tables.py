@@ -20,7 +20,7 @@ from .. import RESULTS, ROOT
 from ..tables import rows_of
 from . import published
 from .protocol import HISTORY_ONLY
-from .results import REFERENCE
+from .results import REFERENCES
 from .rows import ROWS
 
 BLOCK = re.compile(r"(<!-- quality:(?P<name>\S+) -->).*?(<!-- /quality -->)", re.DOTALL)
@@ -82,13 +82,14 @@ def against(results: dict, row: str, other: str, variant: str, metric: str = "HR
 
 
 def main_table(results: dict, variant: str = "masked") -> str:
-    table = [["row", "seeds", *METRICS, f"HR@10 against {REFERENCE}", "HR@10 against its parent", "parent"]]
+    table = [["row", "seeds", *METRICS, *(f"HR@10 against {other}" for other in REFERENCES),
+              "HR@10 against its parent", "parent"]]
     for name, records in by_row(results).items():
         parent = records[0]["parent"]
         cells = [values_of(records, variant, "all", metric) for metric in METRICS]
         if all(cells):
             table.append([name_of(records), str(len(records)) if ROWS[name].seeded else "-", *map(spread, cells),
-                          against(results, name, REFERENCE, variant),
+                          *(against(results, name, other, variant) for other in REFERENCES),
                           against(results, name, parent, variant) if parent else "-", parent or "-"])
     return rows_of(table)
 

@@ -48,7 +48,7 @@ def test_two_steps_lower_the_loss_of_their_batch_and_u_decodes(model, tiny_data)
     starts, ends = training_windows(tiny_data.sequences, tiny_data.split, 6, "all")
     log_q = log_sampling_probability(tiny_data.sequences, tiny_data.split, len(tiny_data.items))
     batch = model.collator(tiny_data.sequences, log_q)([(int(starts[w]), int(ends[w])) for w in range(4)])
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     losses = []
     model.train()
     for _ in range(3):

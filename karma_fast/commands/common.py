@@ -134,10 +134,14 @@ def table(rows: dict[str, dict[str, float]], columns: Sequence[str] = COLUMNS) -
     >>> print(table({"popularity": {"HR@1": 0.25}}, ["HR@1"]))
                          HR@1
     popularity         0.2500
+    >>> lines = table({"karma_start": {"HR@1": 1.0}, "karma": {"HR@1": 0.0}}, ["HR@1"]).splitlines()
+    >>> len({len(line) for line in lines})
+    1
     """
     from ..evaluation.verdict import name_of
 
-    lines = [" " * 16 + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns)]
-    lines += [f"{name_of(key):<16}" + "".join(f"{row[name]:{max(9, len(name) + 2)}.4f}" for name in columns)
+    width = max(16, *(len(name_of(key)) for key in rows)) if rows else 16
+    lines = [" " * width + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in columns)]
+    lines += [f"{name_of(key):<{width}}" + "".join(f"{row[name]:{max(9, len(name) + 2)}.4f}" for name in columns)
               for key, row in rows.items()]
     return "\n".join(lines)

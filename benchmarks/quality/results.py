@@ -77,8 +77,9 @@ def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path]
             ) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> "row2, variant" -> metric -> difference to row2, with its standard error over requests.
 
-    Every row is compared with the tuned mix, with A and with the row it is derived from, request by request. With several seeds a request
-    counts by its mean over those that both rows have; a row without seeds meets each of the other's.
+    Every row is compared with the tuned mix, with A and with the row it is derived from, request by request. With
+    several seeds a request counts by its mean over those that both rows have; a row without seeds meets each of the
+    other's.
     """
     seeds: dict[str, list[int]] = {}
     for record in records:

@@ -16,15 +16,14 @@ from karma_fast.run_setup import training_settings
 from .beauty import ORIGINALS, QUERY_COLUMN, convert, default_folder
 
 Size = Literal["reduced", "full"]
-DIAGNOSIS_SEED = 0  # of the requests that diagnostics look at, whatever the row and its seed
 
 
 @dataclass(frozen=True)
 class DataSet:
     """short_history: events before a request up to which its user counts as cold.
 
-    pairs, steps: of the reduced size. model, training: settings that this data set has for itself, whatever the size;
-    chosen on validation requests.
+    pairs, steps: of the reduced size. model: settings that this data set has for itself, whatever the size; chosen on
+    validation requests.
     """
 
     name: str
@@ -34,7 +33,6 @@ class DataSet:
     steps: int
     queries: bool = False
     model: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
 
     def config(self, source: Path | None = None) -> DataConfig:
         """Where the data is; Beauty is converted from ``source`` if it has not been. DataError says what to do."""
@@ -95,7 +93,6 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
         values["training"] |= {"max_steps": data.steps, "batch_size": data.pairs}
     if kind == "karma":
         values["model"] |= {"positions": data.positions} | data.model
-        values["training"] |= data.training
     else:
         values["model"] = {name: values["model"][name] for name in ("backbone", "quantization")}
         values["training"] |= RA_REC[size]

@@ -132,8 +132,8 @@ class ItemFeatures(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What `from_tensors` needs to make the same features again, for safetensors; held-out sets are left out."""
-        return {name: (buffer[:len(self)] if buffer.ndim and name.split("_")[-1] in (*KINDS, "present") else buffer
-                       ).cpu().contiguous() for name, buffer in self.named_buffers()}
+        return {name: (buffer[:len(self)] if name in ("id", "id_present") else buffer).cpu().contiguous()
+                for name, buffer in self.named_buffers()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ItemFeatures:

@@ -7,6 +7,8 @@ training of that group.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ..data.schema import Sequences, Split
@@ -86,8 +88,7 @@ def held_out_id_vectors(sequences: Sequences, split: Split, num_items: int, dim:
     groups = groups_of_users(len(sequences), folds)
     out = []
     for fold in tqdm(range(folds), desc="making ID vectors without each group", unit="group", disable=not progress):
-        others = Split(np.where(groups == fold, sequences.indptr[:-1], split.train_end), split.valid, split.test,
-                       split.description)
+        others = dataclasses.replace(split, train_end=np.where(groups == fold, sequences.indptr[:-1], split.train_end))
         vectors = id_vectors(sequences, others, num_items, dim, window)
         both = ~(np.isnan(vectors).any(axis=1) | np.isnan(onto).any(axis=1))
         left, _, right = np.linalg.svd(vectors[both].T @ onto[both])

@@ -102,8 +102,8 @@ def _bar(batches: Iterable[np.ndarray], steps: int, what: str, progress: bool) -
 
 
 def _optimiser(trained: dict[str, nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([{"params": [p], "lr": learning_rate * rate_factor(name), "peak": learning_rate
-                               * rate_factor(name), "weight_decay": 0.01 if p.ndim > 1 else 0.0}
+    return torch.optim.AdamW([{"params": [p], "peak": learning_rate * rate_factor(name),
+                               "weight_decay": 0.01 if p.ndim > 1 else 0.0}
                               for name, p in trained.items() if p.requires_grad])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import compute_dtype
-from .problem import Gradients, Problem, Statistics, Wanted, pieces
+from .problem import Gradients, Problem, Statistics, Wanted, kinds, pieces
 
 ONE_PASS_ROWS = 128  # with fewer rows at a time, adding to the gradient of all keys costs more than a second pass
 
@@ -121,9 +121,7 @@ class Tiles:
         for k in pieces(c.start, c.stop, self.plan.key_block):
             torch.mm(q, self.key.rows(k).T, out=out[:, k.start - c.start:k.stop - c.start])
         if self.x.key_ids is not None:
-            query_ids, key_ids = self.x.query_ids[r], self.x.key_ids[c]
-            for kind in zip(query_ids.unbind(1), key_ids.unbind(1), strict=True) if key_ids.ndim > 1 else [
-                    (query_ids, key_ids)]:
+            for kind in zip(kinds(self.x.query_ids[r]), kinds(self.x.key_ids[c]), strict=True):
                 drop_equal(out, *kind)
         self.put_positive(out, r, c, -torch.inf)
         return out

@@ -13,7 +13,7 @@ from triton.runtime import JITFunction
 
 from . import configs
 from . import triton_kernels as kernels
-from .problem import Gradients, Problem, Statistics, Wanted
+from .problem import Gradients, Problem, Statistics, Wanted, kinds
 
 INTERPRETED = not isinstance(kernels.statistics_kernel, JITFunction)
 LOG2E = math.log2(math.e)
@@ -87,8 +87,8 @@ def small_ids(query_ids: Tensor, key_ids: Tensor) -> list[Tensor]:
     Of two kinds: int64 with one of such ids in either half.
     """
     if key_ids.ndim > 1:
-        kinds = [small_ids(*kind) for kind in zip(query_ids.T.contiguous(), key_ids.T.contiguous(), strict=True)]
-        return [(a.long() << 32) | (b.long() & 0xFFFFFFFF) for a, b in zip(*kinds, strict=True)]
+        small = [small_ids(*kind) for kind in zip(kinds(query_ids), kinds(key_ids), strict=True)]
+        return [(a.long() << 32) | (b.long() & 0xFFFFFFFF) for a, b in zip(*small, strict=True)]
     if max(query_ids.itemsize, key_ids.itemsize) <= 4:
         return [query_ids.int().contiguous(), key_ids.int().contiguous()]
     query_ids, key_ids = query_ids.long().contiguous(), key_ids.long().contiguous()

@@ -103,6 +103,11 @@ class Statistics:
         return torch.stack([self.top, self.rest, self.norm])
 
 
+def kinds(ids: Tensor) -> tuple[Tensor, ...]:
+    """(R,) ids, or (R, 2) of two kinds -> those of each kind, (R,)."""
+    return ids.unbind(1) if ids.ndim > 1 else (ids,)
+
+
 def pieces(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))

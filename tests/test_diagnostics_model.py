@@ -208,6 +208,9 @@ def test_diagnose_gives_json_with_sizes_and_definitions(model, tiny_data):
     assert np.shape(found["maps"]["untuned"]["layer 2"]) == (size, size)
     same = diagnose(model, tiny_data, requests=20, attention_requests=4, decoder_steps=2, untuned=True)
     assert same["states"] == found["states"]
+    alone = diagnose(model, tiny_data, requests=20, attention_requests=1, decoder_steps=0)
+    assert set(alone["states"]["untuned"]) == {"text_nats", "text_perplexity"}  # all else of it is left out
+    assert alone["maps"]["untuned"]["layer 2"] != alone["maps"]["trained"]["layer 2"]
 
 
 def test_collapsed_interest_shows(model, tiny_data, monkeypatch):

@@ -377,7 +377,8 @@ def test_diagnostics_join_a_record_without_another_reading(tiny, command, monkey
     def diagnose(model, data, **options):
         asked.append((model.training, options["split"]))
         return {"states": {"trained": {"u_effective_rank": {"value": 3.0}}}, "requests": 30, "attention_requests": 1,
-                "split": "test", "seed": 0, "compared": "", "decoder": "", "texts": "", "seconds": 0.0, "maps": [[0]]}
+                "split": "test", "seed": 0, "compared": "", "decoder": "", "texts": "", "seconds": 0.0,
+                "maps": {"labels": ["a"], "trained": {"layer 1": [[0.12345]]}}}
 
     monkeypatch.setattr(diagnostics, "diagnose", diagnose)
     before = command("--rows", "popularity,A")[1]["records"]
@@ -385,6 +386,7 @@ def test_diagnostics_join_a_record_without_another_reading(tiny, command, monkey
     assert code == 0 and asked == [(False, "test")]
     after = found["records"][1]
     assert after.pop("diagnostics")["states"]["trained"]["u_effective_rank"]["value"] == 3.0
+    assert after.pop("attention") == {"labels": ["a"], "trained": {"layer 1": [[0.123]]}}
     assert [found["records"][0], after] == before
     command("--rows", "popularity,A", "--diagnose")
     assert len(asked) == 1

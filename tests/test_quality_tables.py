@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import tables
+from benchmarks.quality.maps import UNTUNED, panels, plot_maps
 from benchmarks.quality.plots import diagnosed_rows, plot
 from benchmarks.quality.protocol import HISTORY_ONLY
 from benchmarks.quality.published import FIGURES
@@ -73,7 +74,7 @@ def test_parts_queries_cost_and_diagnostics(results):
     assert head[1:] == ["HR@10, all (2,000)", "HR@200, all (2,000)", "HR@10, history of at most 4 (700)",
                         "HR@200, history of at most 4 (700)"]
     assert lines[0][1:] == ["0.0800", "0.3800", "0.0800", "0.3800"]
-    assert "no queries" in tables.queries_table(results)
+    assert tables.queries_table(results) == ""
     asked = results | {"queries": True, "records": [record("A", 0, queries=True)]}
     assert rows_of_table(tables.queries_table(asked))[2][1:] == ["0.1000", "0.1000", "0.4000", "0.4000", "0.0500",
                                                                "0.0500"]
@@ -83,7 +84,8 @@ def test_parts_queries_cost_and_diagnostics(results):
     head, _, line = rows_of_table(tables.diagnostics_table(results))
     assert line[head.index("effective rank of u")] == "30.000" and line[head.index("history sink")] == "-"
     del results["records"][-1]["diagnostics"]
-    assert "No row was diagnosed" in tables.diagnostics_table(results)
+    assert tables.diagnostics_table(results) == ""
+    assert tables.cost_table(results | {"records": [record("popularity", 0)]}) == ""
 
 
 def test_documents_are_filled_again_and_again(results, tmp_path, capsys):
@@ -92,10 +94,10 @@ def test_documents_are_filled_again_and_again(results, tmp_path, capsys):
     tried = results | {"on": "valid"}
     (tmp_path / "results" / "beauty-reduced-cpu-valid.json").write_text(json.dumps(tried))
     document = tmp_path / "page.md"
-    document.write_text("Before\n<!-- quality:beauty-reduced:main -->\nold\n<!-- /quality -->\nbetween\n"
-                        "<!-- quality:ml-100k-full:cost --><!-- /quality -->\n"
+    document.write_text("Before\n<!-- quality:beauty-reduced -->\nold\n<!-- /quality -->\nbetween\n"
+                        "<!-- quality:ml-100k-full --><!-- /quality -->\n"
                         "<!-- quality:published -->\n<!-- /quality -->\nafter\n")
-    words = [str(document), "--results", str(tmp_path / "results"), "--plots", str(tmp_path / "plots")]
+    words = [str(document), "--results", str(tmp_path / "results"), "--plots", str(tmp_path)]
     assert tables.main(words) == 0
     text = document.read_text()
     assert "old" not in text and text.startswith("Before\n") and text.endswith("after\n")
@@ -103,12 +105,16 @@ def test_documents_are_filled_again_and_again(results, tmp_path, capsys):
     assert "A CPU, 2 threads; torch 2.13.0, Python 3.11.7, peft 1; 2026-11-22; `python -m benchmarks.quality" in text
     assert "Not run yet: `python -m benchmarks.quality --data ml-100k --size full --seeds 0,1,2`" in text
     assert "| S3-Rec | 0.0387 |" in text
+    assert [line for line in text.splitlines() if line.endswith(":")] == [
+        "Seen items left out:", "Seen items kept:", "Parts of the requests:", "Cost:",
+        "Diagnostics ([definitions](diagnostics.md)):"]
+    assert "![HR@10 by row](quality-beauty-reduced-cpu.svg)" in text and "attention of one prompt" not in text
     assert tables.main(words) == 0 and document.read_text() == text
-    assert (tmp_path / "plots" / "quality-beauty-reduced-cpu.svg").read_text().startswith("<?xml")
-    document.write_text("<!-- quality:beauty-reduced:all --><!-- /quality -->")
+    assert (tmp_path / "quality-beauty-reduced-cpu.svg").read_text().startswith("<?xml")
+    document.write_text("<!-- quality:beauty-reduced:main --><!-- /quality -->")
     with pytest.raises(SystemExit):
         tables.main(words)
-    assert "PART one of main" in capsys.readouterr().err
+    assert "DATA one of beauty, beauty-queries, ml-100k and SIZE one of reduced, full" in capsys.readouterr().err
 
 
 def test_the_picture_shows_what_was_diagnosed(results, tmp_path):
@@ -119,6 +125,24 @@ def test_the_picture_shows_what_was_diagnosed(results, tmp_path):
     text = (tmp_path / "a.svg").read_text()
     plot(results, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text() == text  # nothing of the time
+
+
+def test_maps_show_the_untuned_model_once_and_every_row(results, tmp_path):
+    assert panels(results) == ([], {}) and plot_maps(results, tmp_path / "a.svg") is None
+    before, after, other = [[1, 0], [0.9, 0.1]], [[1, 0], [0.5, 0.5]], [[1, 0], [0.2, 0.8]]
+    of = {(r["row"], r["seed"]): r for r in results["records"]}
+    of["A", 0]["attention"] = {"labels": ["a", "b"], "untuned": {"layer 1": before}, "trained": {"layer 1": after}}
+    of["C", 0]["attention"] = of["A", 0]["attention"] | {"trained": {"layer 1": other}}
+    of["C", 1]["attention"] = of["A", 0]["attention"]
+    labels, found = panels(results)
+    assert labels == ["a", "b"]
+    assert {name: found[name]["layer 1"].tolist() for name in found} == {UNTUNED: before, "A": after, "C": other}
+    assert plot_maps(results, tmp_path / "a.svg") == "3 maps of 1 layers, 2 positions"
+    text = (tmp_path / "a.svg").read_text()
+    plot_maps(results, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == text
+    of["C", 0]["attention"], of["C", 1]["attention"] = {}, {"labels": ["b", "a"], "trained": {"layer 1": other}}
+    assert list(panels(results)[1]) == [UNTUNED, "A"]  # another prompt's map is not put beside it
 
 
 def test_published_figures_fit_their_columns():

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from karma_fast.commands.common import set_up_process
@@ -95,9 +96,17 @@ def run_row(table: Table, row: Row, seed: int) -> str:
         found = diagnose(ready.model, table.requests.data, split=table.results.values["on"], seed=DIAGNOSIS_SEED)
         known["diagnostics"] = {name: found[name] for name in ("states", "requests", "attention_requests", "split",
                                                                "seed", "compared", "decoder", "texts", "seconds")}
+        known["attention"] = rounded(found["maps"])
         table.results.save()
     metrics = known["metrics"]["masked"]["all"]
     return f"HR@10 {metrics['HR@10']:.4f}, HR@200 {metrics['HR@200']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"
+
+
+def rounded(maps: dict) -> dict:
+    """Attention maps with three digits, which is what a picture shows of them."""
+    return {which: found if which == "labels" else {layer: np.round(weights, 3).tolist()
+                                                    for layer, weights in found.items()}
+            for which, found in maps.items()}
 
 
 def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dict:

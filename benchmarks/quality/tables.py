@@ -1,8 +1,8 @@
 """Results of the experiment to Markdown tables and pictures: ``python -m benchmarks.quality.tables``.
 
-A document holds a pair of comments, ``<!-- quality:DATA-SIZE:PART -->`` and ``<!-- /quality -->``; what is between
-them is replaced by the tables of every device that there are results of. PART is main, unmasked, parts, queries, cost
-or diagnostics. ``<!-- quality:published -->`` holds the figures of others.
+A document holds a pair of comments, ``<!-- quality:DATA-SIZE -->`` and ``<!-- /quality -->``; what is between them is
+replaced by the tables and pictures of every device that there are results of. ``<!-- quality:published -->`` holds the
+figures of others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from . import published
 from .protocol import HISTORY_ONLY
 from .results import REFERENCES
 from .rows import ROWS
+from .settings import DATA, Size
 
 BLOCK = re.compile(r"(<!-- quality:(?P<name>\S+) -->).*?(<!-- /quality -->)", re.DOTALL)
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
@@ -107,7 +108,7 @@ def parts_table(results: dict, variant: str = "masked") -> str:
 def queries_table(results: dict) -> str:
     """With the query and without it, by the same model."""
     if not results["queries"]:
-        return "The requests have no queries."
+        return ""
     table = [["row", *(f"{metric}, {how}" for metric in ("HR@10", "HR@200", "NDCG@10")
                        for how in ("query and history", "history alone"))]]
     for records in by_row(results).values():
@@ -118,6 +119,7 @@ def queries_table(results: dict) -> str:
 
 
 def cost_table(results: dict) -> str:
+    """Of the rows that were trained; "" if none was."""
     table = [["row", "steps", "training, s", "ranking, s", "peak memory, GB"]]
     for records in by_row(results).values():
         if "train_seconds" in records[0]:
@@ -125,7 +127,7 @@ def cost_table(results: dict) -> str:
             table.append([name_of(records), str(records[0].get("steps", "-")),
                           spread([r["train_seconds"] for r in records], 0),
                           spread([r["ranking_seconds"] for r in records], 0), spread(peaks, 2) if peaks else "-"])
-    return rows_of(table)
+    return rows_of(table) if len(table) > 1 else ""
 
 
 def diagnosed(record: dict, entry: str) -> float | None:
@@ -135,17 +137,19 @@ def diagnosed(record: dict, entry: str) -> float | None:
 
 
 def diagnostics_table(results: dict) -> str:
-    """Of the rows that were diagnosed, by their means over seeds."""
+    """Of the rows that were diagnosed, by their means over seeds; "" if none was."""
     table = [["row", *DIAGNOSTICS]]
     for records in by_row(results).values():
         cells = [[v for r in records if (v := diagnosed(r, entry)) is not None] for entry in DIAGNOSTICS.values()]
         if any(cells):
             table.append([name_of(records), *(spread(cell, 3) if cell else "-" for cell in cells)])
-    return rows_of(table) if len(table) > 1 else "No row was diagnosed; --diagnose does it."
+    return rows_of(table) if len(table) > 1 else ""
 
 
-PARTS = {"main": main_table, "unmasked": lambda results: main_table(results, "unmasked"), "parts": parts_table,
-         "queries": queries_table, "cost": cost_table, "diagnostics": diagnostics_table}
+# caption -> table; one without rows is left out
+PARTS = {"Seen items left out": main_table, "With the query and without it, by the same model": queries_table,
+         "Seen items kept": lambda results: main_table(results, "unmasked"), "Parts of the requests": parts_table,
+         "Cost": cost_table, "Diagnostics ([definitions](diagnostics.md))": diagnostics_table}
 
 
 def about(results: dict) -> str:
@@ -162,24 +166,49 @@ def about(results: dict) -> str:
             f"{', '.join(versions)}; {results['date'][:10]}; {commands}.")
 
 
-def table_for(name: str, files: dict[str, dict]) -> str:
-    """The tables of one comment, a paragraph for each device."""
+def shown(name: str, results: dict, pictures: dict[str, str]) -> str:
+    """All there is of one results file. pictures: alternative text -> file beside the document."""
+    tables = {caption: part(results) for caption, part in PARTS.items()}
+    return "\n\n".join([about(results), *(f"![{text}]({file})" for text, file in pictures.items()),
+                        *(f"{caption}:\n\n{table}" for caption, table in tables.items() if table)])
+
+
+def table_for(name: str, files: dict[str, dict], pictures: dict[str, dict[str, str]]) -> str:
+    """What belongs between one pair of comments."""
     if name == "published":
         return published.table()
-    group, _, part = name.partition(":")
-    if part not in PARTS:
-        raise ValueError(f"quality:{name}: DATA-SIZE:PART or published is needed, with PART one of "
-                         f"{', '.join(PARTS)}")
-    found = [r for r in files.values() if f"{r['data']}-{r['size']}" == group and r["on"] == "test" and r["records"]]
+    data, _, size = name.rpartition("-")
+    if data not in DATA or size not in get_args(Size):
+        raise ValueError(f"quality:{name}: published or DATA-SIZE is needed, with DATA one of {', '.join(DATA)} and "
+                         f"SIZE one of {', '.join(get_args(Size))}")
+    found = {stem: r for stem, r in files.items()
+             if (r["data"], r["size"], r["on"]) == (data, size, "test") and r["records"]}
     if not found:
-        data, _, size = group.rpartition("-")
         return f"Not run yet: `python -m benchmarks.quality --data {data} --size {size} --seeds 0,1,2` fills this in."
-    return "\n\n".join(f"{about(results)}\n\n{PARTS[part](results)}" for results in found)
+    return "\n\n".join(shown(stem, results, pictures.get(stem, {})) for stem, results in found.items())
 
 
-def fill(text: str, files: dict[str, dict]) -> str:
-    """The document with every table between its comments made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}\n{table_for(m['name'], files)}\n{m[3]}", text)
+def fill(text: str, files: dict[str, dict], pictures: dict[str, dict[str, str]]) -> str:
+    """The document with everything between its comments made anew. pictures: by results file."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{table_for(m['name'], files, pictures)}\n{m[3]}", text)
+
+
+def draw_all(files: dict[str, dict], folder: Path) -> dict[str, dict[str, str]]:
+    """Every picture that there are results for: results file -> alternative text -> file name."""
+    from .maps import plot_maps
+    from .plots import plot
+
+    pictures: dict[str, dict[str, str]] = {}
+    for stem, results in files.items():
+        if results["on"] != "test" or not results["records"]:
+            continue
+        for text, draw, name in (("HR@10 by row", plot, f"quality-{stem}.svg"),
+                                 ("attention of one prompt before and after tuning", plot_maps,
+                                  f"quality-{stem}-attention.svg")):
+            if said := draw(results, folder / name):
+                print(f"{folder / name}: {said}")
+                pictures.setdefault(stem, {})[text] = name
+    return pictures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,19 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("documents", nargs="*", type=Path, default=[ROOT / "docs" / "quality.md"])
     parser.add_argument("--results", type=Path, default=RESULTS / "quality", metavar="FOLDER")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs", metavar="FOLDER",
-                        help="pictures go here, quality-<results file>.svg")
+                        help="pictures go here, quality-<results file>.svg; the documents' folder, as they name them")
     args = parser.parse_args(arguments)
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.results.glob("*.json"))}
     try:
+        pictures = draw_all(files, args.plots)
         for path in args.documents:
-            path.write_text(fill(path.read_text(encoding="utf-8"), files), encoding="utf-8")
+            path.write_text(fill(path.read_text(encoding="utf-8"), files, pictures), encoding="utf-8")
             print(path)
-        from .plots import plot
-
-        for name, results in files.items():
-            if results["on"] == "test" and results["records"]:
-                target = args.plots / f"quality-{name}.svg"
-                print(f"{target}: {plot(results, target)}")
     except ValueError as error:
         parser.error(str(error))
     return 0

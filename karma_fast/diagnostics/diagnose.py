@@ -116,7 +116,7 @@ def diagnose(model: KarmaModel | PlainModel, data: Dataset, *, requests: int = 1
                     f"({'unknown' if before is None else before.how}), around the same trained projections",
         "decoder": "the tuned language model, frozen" if before is None else "the untuned language model, frozen",
         "texts": which, "states": states, "definitions": DEFINITIONS,
-        "maps": maps(model, before if untuned else None, *request(data.sequences, first, model.config.max_history)),
+        "maps": maps(model, before, *request(data.sequences, first, model.config.max_history)),
         "versions": versions(), "device": str(model.device), "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -174,7 +174,7 @@ def likeness(u: Tensor, e: Tensor, sample: Sample) -> dict[str, dict[str, Any]]:
 
 
 def maps(model: KarmaModel | PlainModel, untuned: Untuned | None, history: np.ndarray, query: str) -> dict[str, Any]:
-    """Maps of some layers for one request, trained and, where given, untuned; {} for a prompt too long to look at."""
+    """Maps of some layers for one request, trained and, where it is known, untuned; {} for too long a prompt."""
     trained = layer_maps(model, history, query)
     if not trained or not hasattr(model, "prompts"):
         return {}

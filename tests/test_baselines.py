@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from karma_fast.baselines import BASELINES, baseline_rows
 from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
@@ -143,3 +144,10 @@ def test_empty_parts():
     assert not item_knn(matrix)(none).any() and not tf_idf(TITLES)(none).any()
     assert popularity(matrix)(none).tolist() == [[0, 0, 1, 0, 0, 0, 0]]
     assert not tf_idf(["", ""])(none[:, :2]).any()
+
+
+def test_further_texts_are_compared_and_do_not_count():
+    asked = sparse.csr_matrix(np.eye(1, len(TITLES) + 1, len(TITLES)))  # the query alone
+    score = tf_idf(TITLES, [TITLES[0]])(asked)
+    known = tf_idf(TITLES)(sparse.csr_matrix(np.eye(1, len(TITLES))))
+    assert score.shape == (1, len(TITLES) + 1) and np.allclose(score[:, :-1], known) and np.isclose(score[0, -1], 1)

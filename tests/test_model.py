@@ -119,8 +119,9 @@ def plain_loss(model: KarmaModel, batch) -> torch.Tensor:
                 means[place] = sum(w * e for w, e in zip(ages / ages.sum(), seen, strict=False))
         start += len(slots[0])
     means = torch.stack([means[place] for place in chunk.pairs.tolist()])
-    u = torch.nn.functional.normalize(model.interest_projection(torch.cat(states)[chunk.pairs])
-                                      + model.shortcut.gain * means, dim=-1)
+    u = torch.nn.functional.normalize(
+        model.interest_projection(torch.nn.functional.normalize(torch.cat(states)[chunk.pairs], dim=-1))
+        + model.shortcut.gain * means, dim=-1)
     e = model.item_embeddings(batch.keys)
     logits = u @ e.T * model.loss.contrastive.scale - batch.log_q
     left_out = (batch.keys[:len(u), None] == batch.keys) | (batch.key_users[:len(u), None] == batch.key_users)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.quality import controls, settings
 from benchmarks.quality import train as training
 from benchmarks.quality.protocol import HISTORY_ONLY, gains, make_requests
 from benchmarks.quality.results import compare
+from benchmarks.quality.rivals import train_sasrec_row
 from benchmarks.quality.rows import ROWS, chosen, why_not
 from benchmarks.quality.settings import DATA, DataSet, base_config
 from benchmarks.quality.train import Deadline, build, config_of
@@ -86,14 +88,19 @@ def test_rows_differ_from_their_parent_in_what_they_say(tiny, tmp_path):
     assert "synthetic" in ROWS["E"].label and "synthetic" in ROWS["E"].differs
 
 
-@pytest.mark.parametrize("name", ["B", "C", "D", "E", "G", "H"])
+@pytest.mark.parametrize("name", ["B", "C", "D", "E", "G", "H", "frozen", "no-llm"])
 def test_all_rows_start_from_the_same_weights_and_take_the_same_pairs(name, tiny, tiny_data, tmp_path):
     first, other = made("A", tiny, tiny_data, tmp_path), made(name, tiny, tiny_data, tmp_path)
-    theirs = other.state_dict()
-    for key, value in first.state_dict().items():
+    ours, theirs = ({key: value for key, value in model.state_dict().items() if not key.startswith("backbone")}
+                    for model in (first, other))
+    for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
-    extra = {key.partition(".")[0] for key in set(theirs) - set(first.state_dict())}
-    assert extra == ({"decode_projection"} if name != "B" else set()) | ({"image_head"} if name == "E" else set())
+    lora = [{key: value for key, value in model.backbone.state_dict().items() if "lora" in key}
+            for model in (first, other)]
+    assert all(torch.equal(value, lora[1][key]) for key, value in lora[0].items() if lora[1]) and lora[0]
+    assert bool(lora[1]) == (name not in ("frozen", "no-llm"))
+    extra = {key.partition(".")[0] for key in set(theirs) - set(ours)}
+    assert extra == ({"decode_projection"} if name in "CDEGH" else set()) | ({"image_head"} if name == "E" else set())
     orders = []
     for model in (first, other):
         args = KarmaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, batch_size=12, seed=5, disable_tqdm=True)
@@ -148,7 +155,7 @@ def test_queries_of_beauty_take_the_last_position(tmp_path, monkeypatch):
         changed = base_config(DATA[name], "reduced", DataConfig(name="ml-100k"), {"model.id_window": "5"})
         assert (changed.model.id_window, changed.model.text_vectors) == (5, "words")
         other = base_config(DATA["ml-100k"], "full", DataConfig(name="ml-100k"))
-        assert (other.model.id_window, other.model.text_vectors) == (20, "states")
+        assert (other.model.id_window, other.model.text_vectors) == (20, "words")
 
 
 # ---- controls ------------------------------------------------------------------------------------------------------
@@ -266,6 +273,47 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_result(tiny, command, monkeyp
     assert found["comparisons"] == whole["comparisons"]
     by_seed = {r["seed"]: r["metrics"] for r in found["records"] if r["row"] == "A"}
     assert by_seed[0] != by_seed[1]
+
+
+def test_a_killed_sitting_counts_up_to_its_last_checkpoint(tiny, command, monkeypatch, tmp_path):
+    words = ("--rows", "A", "--set", "training.max_steps=4", "--set", "training.save_steps=2")
+    usual = Deadline.on_step_end
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise SystemExit(137)
+        return usual(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Deadline, "on_step_end", killed)
+    with pytest.raises(SystemExit):
+        command(*words)
+    path = next((tmp_path / "runs").rglob("cost.json"))
+    before = json.loads(path.read_text())
+    assert before["steps"] == 2 and before["sittings"] == 1 and before["start_seconds"] > 0
+    monkeypatch.setattr(Deadline, "on_step_end", usual)
+    record = command(*words, "--resume")[1]["records"][0]
+    assert (record["sittings"], record["steps"]) == (2, 4) and record["start_seconds"] == before["start_seconds"]
+    assert record["train_seconds"] > before["train_seconds"]
+
+
+def test_what_makes_a_row_is_not_changed(tiny, command, capsys):
+    for row, change in (("D", "model.gen_weight=0.3"), ("frozen", "model.tuning=lora"), ("A", "training.seed=4")):
+        with pytest.raises(SystemExit):
+            command("--rows", row, "--on", "valid", "--set", change)
+        assert f"--set {change.partition('=')[0]}: row {row} has its own" in " ".join(capsys.readouterr().err.split())
+
+
+def test_time_that_is_over_ends_sasrec_after_an_epoch(tiny_data, monkeypatch, tmp_path):
+    asked = []
+
+    def train(data, config, *, seed, folder, go_on):
+        asked.append((folder, go_on(1)))
+        return SimpleNamespace(facts={"done": False})
+
+    monkeypatch.setattr("karma_fast.baselines.train_sasrec", train)
+    assert train_sasrec_row(tiny_data, 0, tmp_path, end=0.0) is None  # which the program calls to be gone on with
+    assert train_sasrec_row(tiny_data, 0, tmp_path, end=float("inf")) is None
+    assert asked == [(tmp_path, False), (tmp_path, True)]
 
 
 def test_requests_of_the_test_are_read_once(tiny, command, capsys):

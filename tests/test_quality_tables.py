@@ -33,7 +33,7 @@ def difference(value: float, error: float, by_seed: list[float]) -> dict:
 
 @pytest.fixture
 def results() -> dict:
-    cost = {"steps": 60, "train_seconds": 100.0, "ranking_seconds": 3.0, "peak_bytes": 2e9}
+    cost = {"steps": 60, "start_seconds": 20.0, "train_seconds": 100.0, "ranking_seconds": 3.0, "peak_bytes": 2e9}
     found = {"states": {"trained": {"u_effective_rank": {"value": 30.0}, "history_sink": {"value": None}}}}
     return {"benchmark": "quality", "data": "beauty", "size": "reduced", "on": "test", "queries": False,
             "protocol": "beauty: 2,000 requests", "requests": {"all": 2000, "history of at most 4": 700, "none": 0},
@@ -60,6 +60,10 @@ def test_main_table_has_means_spreads_and_differences(results):
     assert lines[2][head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests)"
     assert lines[0][head.index("HR@10 against A")] == "-0.0250 ± 0.0100 (seeds)"  # the larger error
     assert lines[1][head.index("HR@10 against A")] == "-"
+    results["records"].append(record("C", 2, 0.01))
+    results["comparisons"]["C"]["A, masked"]["HR@10"]["by_seed"] = [0.02, 0.02]
+    again = rows_of_table(tables.main_table(results))[4]
+    assert again[head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests, 2 of 3 seeds)"
     unmasked = rows_of_table(tables.main_table(results, "unmasked"))
     assert unmasked[2][head.index("HR@10")] == "0.0400" and unmasked[4][head.index("HR@10 against A")] == "-"
 
@@ -78,9 +82,8 @@ def test_parts_queries_cost_and_diagnostics(results):
     asked = results | {"queries": True, "records": [record("A", 0, queries=True)]}
     assert rows_of_table(tables.queries_table(asked))[2][1:] == ["0.1000", "0.1000", "0.4000", "0.4000", "0.0500",
                                                                "0.0500"]
-    assert rows_of_table(tables.cost_table(results))[2:] == [["A: L_act", "60", "100 ± 0", "3 ± 0", "2.00 ± 0.00"],
-                                                             ["C: L_act + L_rec", "60", "100 ± 0", "3 ± 0",
-                                                              "2.00 ± 0.00"]]
+    costs = ["60", "20 ± 0", "100 ± 0", "3 ± 0", "2.00 ± 0.00"]
+    assert rows_of_table(tables.cost_table(results))[2:] == [["A: L_act", *costs], ["C: L_act + L_rec", *costs]]
     head, _, line = rows_of_table(tables.diagnostics_table(results))
     assert line[head.index("effective rank of u")] == "30.000" and line[head.index("history sink")] == "-"
     del results["records"][-1]["diagnostics"]

@@ -198,6 +198,18 @@ def test_training_reads_the_training_part_and_validation_alone():
     assert not same(train(data), train(leaked))
 
 
+def test_a_training_without_time_goes_on_later(tmp_path):
+    config = SASRecConfig(dim=8, heads=1, epochs=4, patience=4)
+    asked = []
+    first = train_sasrec(random_data(), config, seed=0, device="cpu", progress=False, folder=tmp_path,
+                         go_on=lambda epoch: asked.append(epoch) or epoch < 2)
+    assert asked == [1, 2] and first.facts["epochs"] == 2 and not first.facts["done"]
+    assert not (tmp_path / "sasrec.json").exists()
+    again = train_sasrec(random_data(), config, seed=0, device="cpu", progress=False, folder=tmp_path)
+    whole = train_sasrec(random_data(), config, seed=0, device="cpu", progress=False)
+    assert again.facts["done"] and again.facts["epochs"] == whole.facts["epochs"] and same(again, whole)
+
+
 def test_early_stopping_keeps_the_best_epoch(monkeypatch):
     values = iter([0.1, 0.3, 0.2, 0.25, 0.2, 0.9])
     kept = []

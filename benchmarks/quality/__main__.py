@@ -30,7 +30,7 @@ from .results import Results, compare, save_ranks
 from .rivals import make_baseline, make_query_row, train_sasrec_row
 from .rows import RECIPES, ROWS, Row, chosen, why_not
 from .settings import DATA, DataSet, base_config, facts_of
-from .train import Ready, train_karma
+from .train import Ready, refuse_fixed, train_karma
 
 RUNS = Path("runs") / "quality"
 DIAGNOSIS_SEED = 0  # of the requests that diagnostics look at, whatever the row and its seed
@@ -73,7 +73,7 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
     if row.kind == "query":
         return make_query_row(row, data)
     if row.kind == "sasrec":
-        return train_sasrec_row(data, seed, folder)
+        return train_sasrec_row(data, seed, folder, table.end)
     return train_karma(row, table.bases[row.kind], data, seed, folder, table.end)
 
 
@@ -132,6 +132,8 @@ def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dic
 
 def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> bool:
     """All rows of the first seed, then of the next; whether nothing is left to do."""
+    for row in rows:
+        refuse_fixed(row, table.changes)
     jobs = [(row, seed) for seed in seeds for row in rows if row.seeded or seed == seeds[0]]
     if not (resume or table.again or table.diagnose):
         for row, seed in jobs:
@@ -171,7 +173,8 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
                         help="reduced: a small model and few steps, for two CPU cores; full: one GPU")
     parser.add_argument("--on", choices=("test", "valid"), default="test")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                        help="model.NAME or training.NAME, for all KARMA rows; with --on valid to try it")
+                        help="model.NAME or training.NAME, for all rows with a language model that have it; with --on "
+                             "valid to try it")
     parser.add_argument("--backbone", help="a hub id, a folder or smollm2-135m-instruct")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="save and stop after so many; what is being ranked is ranked first")

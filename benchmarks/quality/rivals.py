@@ -11,31 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from karma_fast.commands.common import draw
 from karma_fast.data import Dataset
 from karma_fast.data.batches import query_of
-from karma_fast.evaluation import Ranks, rank_scores, seen_before
-from karma_fast.evaluation.csr import csr_rows
+from karma_fast.evaluation import Ranks
 
 from .protocol import Requests, gains
 from .rows import Row
-from .train import Ready
+from .train import Ready, Score
 
-BLOCK_BYTES = 64 << 20  # of float32 scores at a time
 QUERY_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 TUNED_ON = 2000  # validation requests
 
 Scorer = Callable[[np.ndarray], np.ndarray]  # flat positions (R,) -> (R, N) float32
-
-
-def ranks_of(requests: Requests, scorer: Scorer, masked: bool) -> Ranks:
-    """Some requests at a time."""
-    data, parts = requests.data, []
-    seen, targets = seen_before(data.sequences, requests.positions), requests.targets
-    size = max(1, BLOCK_BYTES // (4 * len(data.items)))
-    for start in range(0, len(targets), size):
-        part, left_out = slice(start, start + size), csr_rows(seen, start, start + size) if masked else None
-        parts.append(rank_scores(scorer(requests.positions[part]), targets[part], left_out))
-    return Ranks.concat(parts)
 
 
 def make_baseline(row: Row, data: Dataset) -> Ready:
@@ -53,7 +41,15 @@ def make_baseline(row: Row, data: Dataset) -> Ready:
         facts[f"weights, {'masked' if masked else 'unmasked'}"] = dataclasses.asdict(found.weights)
         return mix_scorer(data, found.weights)
 
-    return Ready(lambda requests, masked, queries: ranks_of(requests, scorer(masked), masked), facts)
+    return Ready(score_by(lambda masked, queries: scorer(masked)), facts)
+
+
+def score_by(scorer_of: Callable[[bool, bool], Scorer]) -> Score:
+    """scorer_of: (seen items left out, queries read) -> what ranks."""
+    from karma_fast.baselines.rows import rank_requests
+
+    return lambda requests, masked, queries: rank_requests(requests.data, requests.positions,
+                                                           scorer_of(masked, queries), mask_seen=masked)
 
 
 def query_scorer(data: Dataset) -> Scorer:
@@ -64,8 +60,7 @@ def query_scorer(data: Dataset) -> Scorer:
 
     sequences, size = data.sequences, len(data.items)
     places = {"": -1} | {text: n for n, text in enumerate(sequences.query_texts)}
-    # queries stand behind the items as texts of their own
-    score = tf_idf([*data.items.texts, *sequences.query_texts])
+    score = tf_idf(data.items.texts, sequences.query_texts)
 
     def scorer(positions: np.ndarray) -> np.ndarray:
         asked = np.array([places[query_of(sequences, p)] for p in positions])
@@ -85,37 +80,46 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
         return np.zeros((len(positions), len(data.items)), np.float32)
 
     if row.name == "query":
-        return Ready(lambda requests, masked, queries: ranks_of(requests, asked if queries else nothing, masked))
+        return Ready(score_by(lambda masked, queries: asked if queries else nothing))
     from karma_fast.baselines import mix_scorer, tune_mix
 
     @functools.cache
+    def mix(masked: bool) -> Scorer:
+        return mix_scorer(data, tune_mix(data, mask_seen=masked).weights)
+
+    @functools.cache
     def tuned(masked: bool, queries: bool) -> Scorer:
-        history = mix_scorer(data, tune_mix(data, mask_seen=masked).weights)
+        history = mix(masked)
         if not queries:
             return history
-        valid = np.sort(np.random.default_rng(0).permutation(data.split.valid)[:TUNED_ON])
-        requests = Requests(data, valid, {})
+        requests = Requests(data, draw(data.split.valid, TUNED_ON, 0), {})
 
         def with_weight(weight: float) -> Scorer:
             return lambda positions: history(positions) + np.float32(weight) * asked(positions)
 
-        found = {weight: float(gains(ranks_of(requests, with_weight(weight), masked).expected, "NDCG@10").mean())
-                 for weight in QUERY_WEIGHTS}
+        found = {}
+        for weight in QUERY_WEIGHTS:
+            ranks = score_by(lambda masked, queries, weight=weight: with_weight(weight))(requests, masked, True)
+            found[weight] = float(gains(ranks.expected, "NDCG@10").mean())
         best = max(found, key=lambda weight: found[weight])
         facts[f"weight of the query, {'masked' if masked else 'unmasked'}"] = best
         return with_weight(best)
 
-    return Ready(lambda requests, masked, queries: ranks_of(requests, tuned(masked, queries), masked), facts)
+    return Ready(score_by(tuned), facts)
 
 
-def train_sasrec_row(data: Dataset, seed: int, folder: Path) -> Ready:
-    """SASRec with its own settings; it keeps a checkpoint in ``folder`` and goes on from it."""
+def train_sasrec_row(data: Dataset, seed: int, folder: Path, end: float) -> Ready | None:
+    """SASRec with its own settings; it keeps a checkpoint in ``folder`` and goes on from it.
+
+    end: of `time.monotonic`; the first epoch after it ends the sitting, and None is given.
+    """
     from karma_fast.baselines import SASRecConfig, train_sasrec
 
     config = SASRecConfig()
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    model = train_sasrec(data, config, seed=seed, folder=folder)
+    model = train_sasrec(data, config, seed=seed, folder=folder, go_on=lambda epoch: time.monotonic() < end)
+    if not model.facts["done"]:
+        return None
     items, known = model.item_vectors(), {}
 
     def score(requests: Requests, masked: bool, queries: bool) -> Ranks:
@@ -124,5 +128,5 @@ def train_sasrec_row(data: Dataset, seed: int, folder: Path) -> Ready:
                 known["u"] = model.user_vectors(requests.read(config.max_history)[0])
         return requests.rank(known["u"], items, masked)
 
-    facts = {"train_seconds": model.facts.get("seconds", time.perf_counter() - start), "settings": config.to_dict()}
-    return Ready(score, facts | {name: model.facts[name] for name in ("epochs", "best_epoch") if name in model.facts})
+    facts = {"train_seconds": model.facts["seconds"], "settings": config.to_dict()}
+    return Ready(score, facts | {name: model.facts[name] for name in ("epochs", "best_epoch")})

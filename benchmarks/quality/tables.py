@@ -69,7 +69,8 @@ def name_of(records: list[dict]) -> str:
 def against(results: dict, row: str, other: str, variant: str, metric: str = "HR@10") -> str:
     """Difference to another row with its standard error over requests.
 
-    Several seeds of both also have a standard error over them; the larger of the two is shown, with its kind.
+    Several seeds of both also have a standard error over them; the larger of the two is shown, with its kind. Where
+    the row has seeds that the other has not, the entry says how many were set side by side.
     """
     found = results["comparisons"].get(row, {}).get(f"{other}, {variant}")
     if found is None:
@@ -79,7 +80,9 @@ def against(results: dict, row: str, other: str, variant: str, metric: str = "HR
     if len(seeds) > 1:
         over_seeds = float(np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
         error, kind = max((error, "requests"), (over_seeds, "seeds"))
-    return f"{entry['difference']:+.4f} ± {error:.4f} ({kind})"
+    own = sum(r["row"] == row for r in results["records"])
+    paired = f", {len(seeds)} of {own} seeds" if len(seeds) < own else ""
+    return f"{entry['difference']:+.4f} ± {error:.4f} ({kind}{paired})"
 
 
 def main_table(results: dict, variant: str = "masked") -> str:
@@ -120,11 +123,13 @@ def queries_table(results: dict) -> str:
 
 def cost_table(results: dict) -> str:
     """Of the rows that were trained; "" if none was."""
-    table = [["row", "steps", "training, s", "ranking, s", "peak memory, GB"]]
+    table = [["row", "steps", "start, s", "training, s", "ranking, s", "peak memory, GB"]]
     for records in by_row(results).values():
         if "train_seconds" in records[0]:
             peaks = [r["peak_bytes"] / 1e9 for r in records if "peak_bytes" in r]
+            starts = [r["start_seconds"] for r in records if "start_seconds" in r]
             table.append([name_of(records), str(records[0].get("steps", "-")),
+                          spread(starts, 0) if starts else "-",
                           spread([r["train_seconds"] for r in records], 0),
                           spread([r["ranking_seconds"] for r in records], 0), spread(peaks, 2) if peaks else "-"])
     return rows_of(table) if len(table) > 1 else ""

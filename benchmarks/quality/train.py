@@ -69,6 +69,14 @@ def build(row: Row, config: RunConfig, data: Dataset, seed: int, device: torch.d
                                   cache=cache, progress=progress)
 
 
+def refuse_fixed(row: Row, changes: dict[str, str]) -> None:
+    """ConfigError for a change of what makes the row what it is, which would change nothing."""
+    fixed = {f"model.{name}" for name in row.model} | {"training.seed", "training.output_dir"}
+    if given := sorted(fixed & set(changes)):
+        raise ConfigError(f"--set {', '.join(given)}: row {row.name} has its own; leave it out, or take --seeds, "
+                          "--runs or another row")
+
+
 def config_of(row: Row, base: RunConfig, seed: int, folder: Path) -> RunConfig:
     """``base``, which is of the row's recipe, with the row's settings."""
     model = type(base.model).from_dict(base.model.to_dict() | row.model)
@@ -103,18 +111,16 @@ def train_karma(row: Row, base: RunConfig, data: Dataset, seed: int, folder: Pat
     args = training_arguments(config, folder)
     config.model = fit_to_gpu(args, config.model, data, say)
     begin_peak(args.device)
-    weights, cost = folder / "trained" / "model.safetensors", Cost(folder)
+    weights = folder / "trained" / "model.safetensors"
     if row.kind == "karma" and (weights.exists() or last_checkpoint(folder)):
         config.model = dataclasses.replace(config.model, decoder_warmup_steps=0, shortcut_warmup_epochs=0.0)  # read
+    began = time.perf_counter()
     model = build(row, config, data, seed, args.device, cache, progress=not args.disable_tqdm)
+    cost = Cost(folder, args.device, time.perf_counter() - began)
     if not weights.exists():
         deadline = Deadline(end)
-        trainer = KarmaTrainer(model, args, data, [deadline, *[Lines()] * args.disable_tqdm])
-        start = time.perf_counter()
-        try:
-            trainer.train(resume_from_checkpoint=True)
-        finally:
-            cost.add(time.perf_counter() - start, peak_memory_bytes(model.device), trainer.state.global_step)
+        trainer = KarmaTrainer(model, args, data, [deadline, cost, *[Lines()] * args.disable_tqdm])
+        trainer.train(resume_from_checkpoint=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
         if deadline.reached:
@@ -144,19 +150,34 @@ def score_of(model: Any) -> Score:
     return score
 
 
-class Cost:
-    """Seconds of training, over all sittings, the largest peak of them, and the steps; kept in cost.json."""
+class Cost(TrainerCallback):
+    """Seconds of the start and of training over all sittings, the largest peak, and the steps; kept in cost.json.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "cost.json"
+    Written with every checkpoint, so that of a killed sitting counts what the next one goes on from. built: seconds
+    that making the model took; those of the first sitting count, as later ones have no warm-up.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, built: float) -> None:
+        self.path, self.device, self.built = folder / "cost.json", device, built
 
     def facts(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
-    def add(self, seconds: float, peak: int, steps: int) -> None:
-        before = self.facts()
-        found = {"train_seconds": before.get("train_seconds", 0.0) + seconds, "steps": steps,
-                 "peak_bytes": max(peak, before.get("peak_bytes", 0)), "sittings": before.get("sittings", 0) + 1}
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before, self.start = self.facts(), time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.write(state.global_step)
+
+    def write(self, steps: int) -> None:
+        before = self.before
+        found = {"start_seconds": before.get("start_seconds", self.built), "steps": steps,
+                 "train_seconds": before.get("train_seconds", 0.0) + time.perf_counter() - self.start,
+                 "peak_bytes": max(peak_memory_bytes(self.device), before.get("peak_bytes", 0)),
+                 "sittings": before.get("sittings", 0) + 1}
         write_atomically(self.path, json.dumps(found, indent=1) + "\n")
 
 

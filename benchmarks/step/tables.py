@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from karma_fast.data.windows import negatives_of
+
 from ..tables import about, failures, mebibytes, milliseconds, not_measured, right, rows_of, time_of
 from .cases import DEMO, OURS
 
@@ -56,7 +58,7 @@ def memory_ratio(record: dict | None, other: dict | None) -> str:
 
 
 def negatives(record: dict) -> str:
-    return f"{record['pairs'] - 1:,}"
+    return f"{negatives_of(record['batch'], record['pairs'] / record['batch']):,}"
 
 
 def explained(results: dict) -> str:

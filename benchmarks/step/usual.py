@@ -167,7 +167,7 @@ class UsualModel(nn.Module):
             if config.positions == "all":  # every item but the last is a query too
                 queries.append(state[len(head):emb - 1])
             queries.append(state[emb:emb + 1])
-        u = self.interest_projection(torch.cat(queries).float())
+        u = self.interest_projection(F.normalize(torch.cat(queries).float(), dim=-1))
         if config.history_shortcut:
             u = u + self.shortcut.gain * torch.cat([self.latest_mean(history) for history in histories])
         u = F.normalize(u, dim=-1)

@@ -90,10 +90,7 @@ def of_history(dataset: Any, scorer: Scorer, last: int = LAST_ITEMS, decay: floa
 
 def score_row(dataset: Any, positions: np.ndarray, scorer: RequestScorer, ks: Sequence[int] = KS, *,
               mask_seen: bool = True, progress: str = "") -> dict[str, float]:
-    """`ranking_metrics` of one scorer, some requests at a time.
-
-    Args:
-        scorer: gives (R, N) float32 scores for flat positions (R,). progress: the label of a bar; "": none.
+    """`ranking_metrics` of `rank_requests`, with the same arguments.
 
     Example:
         >>> from types import SimpleNamespace
@@ -102,6 +99,19 @@ def score_row(dataset: Any, positions: np.ndarray, scorer: RequestScorer, ks: Se
         >>> data = SimpleNamespace(sequences=sequences, items=["a", "b", "c"])
         >>> score_row(data, np.array([2]), lambda p: np.array([[3.0, 2.0, 1.0]], np.float32), (1,))["HR@1"]
         1.0
+    """
+    ranks = rank_requests(dataset, positions, scorer, mask_seen=mask_seen, progress=progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # counts and texts tie by nature; tie_share stands in the row
+        return ranking_metrics(ranks, ks, num_items=len(dataset.items))
+
+
+def rank_requests(dataset: Any, positions: np.ndarray, scorer: RequestScorer, *, mask_seen: bool = True,
+                  progress: str = "") -> Ranks:
+    """Ranks of the held-out requests at flat positions by one scorer, some at a time.
+
+    Args:
+        scorer: gives (R, N) float32 scores for flat positions (R,). progress: the label of a bar; "": none.
     """
     positions = np.asarray(positions, np.int64)
     targets = dataset.sequences.items[positions].astype(np.int64)
@@ -115,6 +125,4 @@ def score_row(dataset: Any, positions: np.ndarray, scorer: RequestScorer, ks: Se
     for start in starts:
         left_out = csr_rows(seen, start, start + size) if mask_seen else None
         parts.append(rank_scores(scorer(positions[start:start + size]), targets[start:start + size], left_out))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # counts and texts tie by nature; tie_share stands in the row
-        return ranking_metrics(Ranks.concat(parts), ks, num_items=len(dataset.items))
+    return Ranks.concat(parts)

@@ -22,7 +22,7 @@ HISTORIES_AT_ONCE = 2048
 
 @dataclass
 class SASRecConfig(Section):
-    """Architecture and training. Defaults were chosen on the validation requests of Amazon Beauty."""
+    """Architecture and training. docs/baselines.md says which defaults were compared with others, and on what."""
 
     section = "sasrec"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ CHECKPOINT = "sasrec-checkpoint.pt"
 
 
 def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, device: Any = None,
-                 progress: bool = True, folder: str | Path | None = None) -> SASRec:
+                 progress: bool = True, folder: str | Path | None = None,
+                 go_on: Callable[[int], bool] = lambda epoch: True) -> SASRec:
     """Trains SASRec on the training part of ``data`` and returns it with the weights of its best epoch.
 
     An epoch goes once over every training event that has a predecessor. After it the validation requests are ranked
@@ -42,10 +44,11 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
         progress: show a bar.
         folder: gets a checkpoint after each epoch and the model at the end. If it holds a checkpoint of the same
             settings, seed and data, the training goes on from there; if it had ended, nothing is trained again.
+        go_on: asked after each epoch, by its number from 1, whether there is time for another.
 
     Returns:
-        the model, in eval mode on ``device``; ``model.facts`` has the epochs, the best one, its validation metrics and
-        the seconds.
+        the model, in eval mode on ``device``; ``model.facts`` has the epochs, the best one, its validation metrics,
+        the seconds, and under "done" whether the training had ended or ``go_on`` stopped it.
 
     Raises:
         ConfigError: ``folder`` holds another training. ValueError: no user has two training events.
@@ -94,10 +97,12 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
             bar.set_postfix_str(f"loss {loss:.3f}" + "".join(f", {k} {v:.4f}" for k, v in metrics.items()))
             if checkpoint is not None:
                 save_checkpoint(checkpoint, state, model, optimizer)
+            if not go_on(state["epoch"]):
+                break
     model.load_state_dict(state["best"])
     model.facts = {"seed": seed, "epochs": state["epoch"], "best_epoch": state["best_epoch"],
-                   "validation": state["metrics"], "seconds": round(state["seconds"], 1)}
-    if folder is not None:
+                   "validation": state["metrics"], "seconds": round(state["seconds"], 1), "done": state["done"]}
+    if folder is not None and state["done"]:
         model.save(folder)
     return model.eval()
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 
-def tf_idf_vectors(texts: Sequence[str]) -> Any:
+def tf_idf_vectors(texts: Sequence[str], further: Sequence[str] = ()) -> Any:
     """(N, words) scipy CSR float64 of TF-IDF vectors of length 1; a text without words has an empty row.
 
     Words are runs of letters and digits in lower case, weighted by count times ``log((1 + N) / (1 + texts)) + 1``.
+    ``further`` texts, such as queries, get rows behind the N and do not count in the weights.
 
     >>> tf_idf_vectors(["red shoe", "Red", ""]).toarray().round(4)
     array([[0.6053, 0.796 ],
@@ -22,12 +23,13 @@ def tf_idf_vectors(texts: Sequence[str]) -> Any:
     from scipy import sparse
 
     words: dict[str, int] = {}
-    lists = [[words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())] for text in texts]
+    lists = [[words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())]
+             for text in [*texts, *further]]
     indptr = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
     columns = np.concatenate([np.asarray(part, np.int64) for part in lists])
-    vectors = sparse.csr_matrix((np.ones(len(columns)), columns, indptr), shape=(len(texts), len(words)))
+    vectors = sparse.csr_matrix((np.ones(len(columns)), columns, indptr), shape=(len(lists), len(words)))
     vectors.sum_duplicates()
-    frequency = np.bincount(vectors.indices, minlength=len(words))
+    frequency = np.bincount(vectors[:len(texts)].indices, minlength=len(words))
     vectors = vectors @ sparse.diags(np.log((1 + len(texts)) / (1 + frequency)) + 1)
     length = np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1)).reshape(-1))
     return (sparse.diags(1 / np.where(length > 0, length, 1)) @ vectors).tocsr()

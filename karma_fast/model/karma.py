@@ -28,7 +28,7 @@ from .soft_prompt import SoftPromptProjection
 from .storage import load_parts
 from .warm_up import warm_up_decoder, warm_up_shortcut
 
-BESIDE_SHORTCUT = 0.3  # of what it would be alone: the part that W_o h begins with where the shortcut says the same
+BESIDE_SHORTCUT = 0.01  # length of W_o h at the start where the shortcut already says what a regression would
 
 
 @dataclass
@@ -95,6 +95,7 @@ class KarmaModel(Recommender):
         name = resolve_backbone(config.backbone)  # a first conversion draws random numbers, so the seed comes after it
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
+        torch.manual_seed(seed)  # once more, as LoRA draws and a frozen model does not
         vectors = {}
         text_kinds = config.text_kinds if any(items.texts) else ()
         if "words" in text_kinds:
@@ -122,17 +123,25 @@ class KarmaModel(Recommender):
     @torch.no_grad()
     def set_starting_point(self, sequences: UserSequences, split: Split, seed: int = 0,
                            num_windows: int = 192, progress: bool = False) -> None:
-        """W_e from the features, W_o by regression to the latest items' mean; see `karma_fast.model.initialise`.
+        """W_e and the shortcut from the features, and ``shortcut_warmup_epochs`` of them without the language model.
 
-        Between the two, ``shortcut_warmup_epochs`` of `karma_fast.model.warm_up.warm_up_shortcut`.
+        Without a shortcut W_o is the regression to the latest items' mean; see `karma_fast.model.initialise`.
         """
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
         if self.shortcut is not None:
             self.shortcut.projection.weight.copy_(self.item_projection.weight)
             if self.config.shortcut_warmup_epochs and self.loss.wants("act"):
                 warm_up_shortcut(self, sequences, split, self.config.shortcut_warmup_epochs, seed, progress)
+            weight = self.interest_projection.weight
+            drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weight.copy_(BESIDE_SHORTCUT * len(weight) ** -0.5 * drawn)
+        else:
+            self._start_interest(sequences, split, seed, num_windows)
         if self.decode_projection is not None:
             self._start_decoder(seed)
+
+    def _start_interest(self, sequences: UserSequences, split: Split, seed: int, num_windows: int) -> None:
+        """W_o by ridge regression from the states of training windows to the mean of the latest items' embeddings."""
         starts, ends = training_windows(sequences, split, self.config.max_history, "all")
         if not len(starts):
             return
@@ -143,7 +152,7 @@ class KarmaModel(Recommender):
         for part in np.array_split(chosen, -(-len(chosen) // 32)):
             histories = [sequences.items[starts[w]:ends[w]][-self.config.max_history:] for w in part]
             chunk = self.prompts.build(histories, [""] * len(part))
-            hidden = self._prompt_states(chunk.to(self.device)).float()
+            hidden = F.normalize(self._prompt_states(chunk.to(self.device)).float(), dim=-1)
             for emb, history in zip(chunk.emb.tolist(), histories, strict=True):
                 states.append(hidden[emb - len(history):emb + 1])
                 goal = latest_mean(self.encode_items(np.asarray(history)))
@@ -152,8 +161,6 @@ class KarmaModel(Recommender):
                 weights.append(torch.tensor([1.0] * len(history) + [float(len(history))]))
         states, targets, weights = torch.cat(states), torch.cat(targets).to(self.device), torch.cat(weights)
         self.interest_projection.weight.copy_(ridge(states, targets, weights.to(self.device)))
-        if self.shortcut is not None:
-            self.interest_projection.weight.mul_(BESIDE_SHORTCUT)
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
         """P_rec's last layer from items' embeddings to the mean token embeddings of parts of their texts."""
@@ -193,8 +200,11 @@ class KarmaModel(Recommender):
         return self._decoder_states(embeds[0], tokens)
 
     def interest(self, states: Tensor, chunk: PromptChunk) -> Tensor:
-        """(P, hidden) states of a chunk's pairs -> (P, d_e) unit vectors, float32."""
-        u = self.interest_projection(states.float())
+        """(P, hidden) states of a chunk's pairs -> (P, d_e) unit vectors, float32.
+
+        States count by direction alone: their lengths, tens to hundreds, would make W_o's steps as much too long.
+        """
+        u = self.interest_projection(F.normalize(states.float(), dim=-1))
         if self.shortcut is not None:
             u = u + self.shortcut(self.features(chunk.history_items), chunk.latest)
         return F.normalize(u, dim=-1)

@@ -17,7 +17,7 @@ from karma_fast.data.batches import request
 from karma_fast.data.packing import Packed
 from karma_fast.diagnostics import PlainModel, diagnose
 from karma_fast.diagnostics.attention import attention_statistics, request_attention
-from karma_fast.diagnostics.columns import END, HISTORY, INJECTED, INSTRUCTION, QUERY, history_columns, prompt_parts
+from karma_fast.diagnostics.columns import END, HISTORY, INJECTED, INSTRUCTION, QUERY, prompt_parts
 from karma_fast.diagnostics.decoder import FrozenDecoder, decoder_entries, trained_projection
 from karma_fast.diagnostics.entries import DEFINITIONS
 from karma_fast.diagnostics.perplexity import chosen_items, retained_perplexity, text_nats
@@ -71,15 +71,15 @@ def test_history_columns_are_the_items(model, tiny_data):
     asked = prompt_parts(model, history, "red").tolist()
     words = len(model.prompts.query_ids("red"))
     assert asked == [INSTRUCTION] * head + [QUERY] * words + [HISTORY] * 4 + [END] and words > 2
-    assert history_columns(model, tiny_data.sequences.items[:30]).sum() == model.config.max_history
-    assert history_columns(model, []).sum() == 0
+    assert (prompt_parts(model, tiny_data.sequences.items[:30]) == HISTORY).sum() == model.config.max_history
+    assert (prompt_parts(model, []) == HISTORY).sum() == 0
 
 
 def test_attention_statistics_agree_with_the_mean_map(model, tiny_data):
     requests = [request(tiny_data.sequences, p, 6) for p in tiny_data.split.test[:3]]
     found = attention_statistics(model, requests)
     maps = [attention_map(model, *r)[1] for r in requests]
-    items = [history_columns(model, *r) for r in requests]
+    items = [prompt_parts(model, *r) == HISTORY for r in requests]
     rough = 2e-2  # the language model may compute in bfloat16
     assert found["look_history"]["value"] == pytest.approx(
         np.mean([m[-1][c].sum() for m, c in zip(maps, items, strict=True)]), rel=rough)

@@ -289,8 +289,10 @@ def test_id_vectors_put_companions_together():
     np.testing.assert_allclose(np.linalg.norm(e, axis=1), 1, rtol=1e-5)
 
 
-def test_starting_point_ranks_by_the_latest_items(tiny_config, tiny_data, tmp_path):
-    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_starting_point_ranks_by_the_latest_items(tiny_config, tiny_data, tmp_path, shortcut):
+    config = dataclasses.replace(tiny_config.model, history_shortcut=shortcut)
+    model = KarmaModel.build(config, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
                              device="cpu").eval()
     e = model.encode_items()
     torch.testing.assert_close(e.norm(dim=-1), torch.ones(40), rtol=1e-5, atol=1e-5)
@@ -302,6 +304,19 @@ def test_starting_point_ranks_by_the_latest_items(tiny_config, tiny_data, tmp_pa
     scores = u @ e.T
     rank = (scores > scores.gather(1, read[:, None])).sum(dim=1).float()
     assert rank.mean() < 10  # of 40; chance is 20
+
+
+def test_states_count_by_direction_and_begin_small_beside_the_shortcut(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path).eval()
+    (chunk,) = batch_of(model, tiny_data, 8).prompts
+    with torch.no_grad():
+        states = model._prompt_states(chunk)[chunk.pairs].float()
+        u = model.interest(states, chunk)
+        assert torch.allclose(model.interest(100 * states, chunk), u, atol=1e-5)
+        alone = model.interest_projection(torch.nn.functional.normalize(states, dim=-1)).norm(dim=-1)
+        assert 0.002 < alone.mean() < 0.05  # of the shortcut's g, 1
+        model.interest_projection.weight.mul_(100)
+        assert not torch.allclose(model.interest(states, chunk), u, atol=0.1)
 
 
 def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):

@@ -64,8 +64,7 @@ def make_requests(data: Dataset, spec: DataSet, on: str) -> Requests:
         raise ValueError(f"the data has no request for {on}")
     sequences = data.sequences
     past = positions - sequences.indptr[sequences.user_of(positions)]
-    train = np.arange(len(sequences.items)) < np.repeat(data.split.train_end, np.diff(sequences.indptr))
-    counts = np.bincount(sequences.items[train], minlength=len(data.items))[sequences.items[positions]]
+    counts = data.split.training_counts(sequences, len(data.items))[sequences.items[positions]]
     parts = {"all": np.ones(len(positions), dtype=bool), f"history of at most {spec.short_history}":
              past <= spec.short_history, f"target with at most {RARE} training events": counts <= RARE,
              "target without a training event": counts == 0}

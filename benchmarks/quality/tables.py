@@ -171,7 +171,7 @@ def about(results: dict) -> str:
             f"{', '.join(versions)}; {results['date'][:10]}; {commands}.")
 
 
-def shown(name: str, results: dict, pictures: dict[str, str]) -> str:
+def shown(results: dict, pictures: dict[str, str]) -> str:
     """All there is of one results file. pictures: alternative text -> file beside the document."""
     tables = {caption: part(results) for caption, part in PARTS.items()}
     return "\n\n".join([about(results), *(f"![{text}]({file})" for text, file in pictures.items()),
@@ -190,7 +190,7 @@ def table_for(name: str, files: dict[str, dict], pictures: dict[str, dict[str, s
              if (r["data"], r["size"], r["on"]) == (data, size, "test") and r["records"]}
     if not found:
         return f"Not run yet: `python -m benchmarks.quality --data {data} --size {size} --seeds 0,1,2` fills this in."
-    return "\n\n".join(shown(stem, results, pictures.get(stem, {})) for stem, results in found.items())
+    return "\n\n".join(shown(results, pictures.get(stem, {})) for stem, results in found.items())
 
 
 def fill(text: str, files: dict[str, dict], pictures: dict[str, dict[str, str]]) -> str:

@@ -187,9 +187,7 @@ def request(sequences: Sequences, position: int, max_history: int) -> tuple[np.n
 
 def log_sampling_probability(sequences: Sequences, split: Split, num_items: int) -> np.ndarray:
     """(N,) float32: log of each item's share of the training events; items without one count as one event."""
-    position = np.arange(len(sequences.items))
-    train = position < np.repeat(split.train_end, np.diff(sequences.indptr))
-    counts = np.bincount(sequences.items[train], minlength=num_items)
+    counts = split.training_counts(sequences, num_items)
     return np.log(np.maximum(counts, 1) / max(1, counts.sum())).astype(np.float32)
 
 

@@ -131,6 +131,20 @@ class Split:
     test: np.ndarray
     description: str
 
+    def training_items(self, sequences: Sequences) -> np.ndarray:
+        """Catalogue indices of the events of the training part, in their order."""
+        train = np.arange(len(sequences.items)) < np.repeat(self.train_end, np.diff(sequences.indptr))
+        return sequences.items[train]
+
+    def training_counts(self, sequences: Sequences, num_items: int) -> np.ndarray:
+        """(N,) int64: events of each item in the training part.
+
+        >>> sequences = Sequences(np.array(["u"]), np.array([0, 4]), np.array([1, 2, 1, 0], np.int32))
+        >>> Split(np.array([3]), np.array([]), np.array([3]), "last event").training_counts(sequences, 3)
+        array([0, 2, 1])
+        """
+        return np.bincount(self.training_items(sequences), minlength=num_items)
+
 
 @dataclass
 class Dataset:

@@ -17,7 +17,16 @@ INSTRUCTION, QUERY, HISTORY, END, INJECTED = range(5)
 
 def prompt_parts(model: KarmaModel | PlainModel, history: np.ndarray, query: str = "") -> np.ndarray:
     """(T,) int64: INSTRUCTION, QUERY, HISTORY, END ([EMB], or the words that close a prompt of text), or INJECTED,
-    what a recipe puts before the instruction."""
+    what a recipe puts before the instruction.
+
+    >>> from types import SimpleNamespace as Fake
+    >>> import torch
+    >>> chunk = Fake(tokens=Fake(slots=torch.tensor([TEXT, TEXT, 0, 1, EMB])))
+    >>> model = Fake(config=Fake(max_history=5), prompts=Fake(
+    ...     instruction=[7, 8], build=lambda *_: chunk, query_ids=lambda query: []))
+    >>> (prompt_parts(model, [4, 9]) == HISTORY).tolist()
+    [False, False, True, True, False]
+    """
     if hasattr(model, "prompt"):  # a prompt of text alone
         return model.prompt(history, query)[1]
     history = np.asarray(history, np.int64)[-model.config.max_history:]
@@ -29,17 +38,3 @@ def prompt_parts(model: KarmaModel | PlainModel, history: np.ndarray, query: str
     words = head + np.flatnonzero(slots[head:] == TEXT)
     parts[words[:len(model.prompts.query_ids(query))]] = QUERY
     return parts
-
-
-def history_columns(model: KarmaModel | PlainModel, history: np.ndarray, query: str = "") -> np.ndarray:
-    """(T,) bool: the positions of a request's prompt that stand for items of its history.
-
-    >>> from types import SimpleNamespace as Fake
-    >>> import torch
-    >>> chunk = Fake(tokens=Fake(slots=torch.tensor([-1, -1, 0, 1, EMB])))
-    >>> model = Fake(config=Fake(max_history=5), prompts=Fake(
-    ...     instruction=[7, 8], build=lambda *_: chunk, query_ids=lambda query: []))
-    >>> history_columns(model, [4, 9]).tolist()
-    [False, False, True, True, False]
-    """
-    return prompt_parts(model, history, query) == HISTORY

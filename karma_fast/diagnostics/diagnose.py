@@ -159,8 +159,7 @@ def likeness(u: Tensor, e: Tensor, sample: Sample) -> dict[str, dict[str, Any]]:
     """``js@50`` by attributes and by titles, beside lists of popular and of random items."""
     data, targets = sample.data, sample.targets
     seen = seen_before(data.sequences, sample.positions)
-    train = np.arange(len(data.sequences.items)) < np.repeat(data.split.train_end, np.diff(data.sequences.indptr))
-    counts = np.bincount(data.sequences.items[train], minlength=len(data.items)).astype(np.float32)
+    counts = data.split.training_counts(data.sequences, len(data.items)).astype(np.float32)
     best = top_k(u, e, min(LISTED, len(data.items)), seen=seen)[1]
     popular = top_k(np.ones((len(u), 1), np.float32), counts[:, None], best.shape[1], seen=seen)[1]
     drawn = np.random.default_rng(sample.seed).integers(0, len(data.items), best.shape)

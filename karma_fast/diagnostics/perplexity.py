@@ -48,9 +48,7 @@ def text_nats(model: KarmaModel | PlainModel, texts: Sequence[str]) -> tuple[np.
 def chosen_items(data: Dataset, seed: int) -> tuple[np.ndarray, str]:
     """Catalogue indices whose texts are read, and a sentence that says which they are."""
     with_text = np.flatnonzero([bool(text) for text in data.items.texts])
-    position = np.arange(len(data.sequences.items))
-    train = position < np.repeat(data.split.train_end, np.diff(data.sequences.indptr))
-    unseen = np.setdiff1d(with_text, data.sequences.items[train])
+    unseen = np.setdiff1d(with_text, data.split.training_items(data.sequences))
     items, which = ((unseen, "items that no event of the training part has") if len(unseen) >= ENOUGH else
                     (with_text, f"all items, as only {len(unseen)} with a text are in no event of the training part"))
     if len(items) > MAX_TEXTS:

@@ -1,9 +1,9 @@
 """The starting point of training: projections that already rank by similarity to the latest items.
 
-A random item tower needs far more steps than a small machine has. So W_e starts as projections of the frozen features
-and W_o as the ridge regression from the untuned model's states to the mean of the latest items' embeddings. No target
-is looked at. P_rec starts as the ridge regression from items' embeddings to the mean token embeddings of K parts of
-their texts, so that its soft tokens lie among the tokens that the decoder knows.
+A random item tower needs far more steps than a small machine has. So W_e starts as projections of the frozen features,
+and where no shortcut gives u the mean of the latest items' embeddings, W_o as the ridge regression from the untuned
+model's states to it. No target is looked at. P_rec starts as the ridge regression from items' embeddings to the mean
+token embeddings of K parts of their texts, so that its soft tokens lie among the tokens that the decoder knows.
 """
 
 from __future__ import annotations

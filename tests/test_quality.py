@@ -316,7 +316,7 @@ def test_time_that_is_over_ends_sasrec_after_an_epoch(tiny_data, monkeypatch, tm
     assert asked == [(tmp_path, False), (tmp_path, True)]
 
 
-def test_requests_of_the_test_are_read_once(tiny, command, capsys):
+def test_requests_of_the_test_are_read_once(tiny, command, capsys, tmp_path):
     code, found = command("--rows", "A", "--set", "training.max_steps=1")
     assert code == 0 and found["records"][0]["readings"] == 1 and found["on"] == "test"
     with pytest.raises(SystemExit):
@@ -329,6 +329,11 @@ def test_requests_of_the_test_are_read_once(tiny, command, capsys):
     with pytest.raises(SystemExit):  # a table has one setting
         command("--rows", "B", "--set", "training.max_steps=2")
     assert "give --out" in capsys.readouterr().err
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found | {"machine": found["machine"] | {"torch": "1.0"}}))
+    with pytest.raises(SystemExit):  # and one machine with its versions
+        command("--rows", "B", "--set", "training.max_steps=1")
+    assert "its machine is" in capsys.readouterr().err
 
 
 def test_settings_are_tried_on_validation_and_kept_apart(tiny, tiny_data, command, tmp_path):

@@ -33,9 +33,9 @@ class Results:
     """One JSON file: ``records``, one a row and seed (on validation also a change of settings), and comparisons."""
 
     def __init__(self, path: Path, device: str, about: dict[str, Any]) -> None:
-        self.path = path
-        self.values: dict[str, Any] = {"benchmark": "quality", **about, "machine": describe(device, LIBRARIES),
-                                       "date": now(), "commands": [], "records": [], "comparisons": {}}
+        self.path, about = path, about | {"machine": describe(device, LIBRARIES)}
+        self.values: dict[str, Any] = {"benchmark": "quality", **about, "date": now(), "commands": [], "records": [],
+                                       "comparisons": {}}
         if path.exists():
             self.values = json.loads(path.read_text(encoding="utf-8"))
             for name, value in json.loads(json.dumps(about)).items():

@@ -53,14 +53,15 @@ def plot_maps(results: dict[str, Any], path: Path) -> str | None:
             for axis, layer in zip(column, layers, strict=True):
                 weights = np.ma.masked_where(np.triu(np.ones_like(maps[layer]), 1) > 0, maps[layer])
                 shown = axis.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+                axis.text(0.97, 0.94, layer, transform=axis.transAxes, ha="right", va="top")
                 axis.set_xticks([])
-        for axis, layer in zip(axes[:, 0], layers, strict=True):
+                axis.tick_params(left=False)
+        for axis in axes[:, 0]:
             axis.set_yticks(range(len(labels)), [label if len(label) <= 24 else label[:23] + "…" for label in labels],
                             fontsize=4.5)
-            axis.set_ylabel(layer)
         figure.colorbar(shown, ax=axes, label="attention weight, mean over heads", shrink=0.5,
                         ticks=[0, 0.05, 0.25, 0.5, 1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150, bbox_inches="tight")
         plt.close(figure)
     return f"{len(found)} maps of {len(layers)} layers, {len(labels)} positions"

@@ -40,7 +40,7 @@ def results() -> dict:
             "settings": {"model": {"backbone": "tiny", "quantization": "4bit", "decode_weight": 0.02},
                          "training": {"max_steps": 60, "batch_size": 384}},
             "machine": {"name": "A CPU, 2 threads", "torch": "2.13.0", "python": "3.11.7", "libraries": {"peft": "1"}},
-            "date": "2026-11-22T00:00:00+00:00", "commands": ["python -m benchmarks.quality --data beauty"],
+            "date": "2026-11-22T00:00:00+00:00", "commands": ["python -m benchmarks.quality --data beauty --rows A"],
             "records": [record("C", 1, 0.03, **cost), record("popularity", 0, -0.02), record("A", 0, **cost),
                         record("A", 1, 0.01, **cost), record("C", 0, 0.02, **cost, diagnostics=found)],
             "comparisons": {"C": {"A, masked": difference(0.02, 0.004, [0.02, 0.02])},
@@ -66,6 +66,11 @@ def test_main_table_has_means_spreads_and_differences(results):
     assert again[head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests, 2 of 3 seeds)"
     unmasked = rows_of_table(tables.main_table(results, "unmasked"))
     assert unmasked[2][head.index("HR@10")] == "0.0400" and unmasked[4][head.index("HR@10 against A")] == "-"
+
+
+def test_commands_that_differ_in_rows_are_one():
+    assert tables.joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows C,D --seeds 0"]) == [
+        "run --rows A,C,D --seeds 0", "run --rows B --seeds 0,1"]
 
 
 def test_a_second_reading_is_seen(results):

@@ -157,6 +157,19 @@ PARTS = {"Seen items left out": main_table, "With the query and without it, by t
          "Cost": cost_table, "Diagnostics ([definitions](diagnostics.md))": diagnostics_table}
 
 
+def joined(commands: list[str]) -> list[str]:
+    """Commands that differ in their rows alone as one.
+
+    >>> joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows C,D --seeds 0"])
+    ['run --rows A,C,D --seeds 0', 'run --rows B --seeds 0,1']
+    """
+    rows: dict[tuple[str, str], list[str]] = {}
+    for command in commands:
+        before, found, after = re.match(r"(.*--rows )(\S+)(.*)", command).groups()
+        rows.setdefault((before, after), []).append(found)
+    return [before + ",".join(found) + after for (before, after), found in rows.items()]
+
+
 def about(results: dict) -> str:
     """Which machine, versions, protocol and commands a table is of."""
     machine = results["machine"]
@@ -165,7 +178,7 @@ def about(results: dict) -> str:
     model, reduced = results["settings"]["model"], "REDUCED: " if results["size"] == "reduced" else ""
     steps = results["settings"]["training"]
     length = f"{steps['max_steps']} steps" if "max_steps" in steps else f"{steps['num_train_epochs']:g} epochs"
-    commands = "; ".join(f"`{command}`" for command in results["commands"])
+    commands = "; ".join(f"`{command}`" for command in joined(results["commands"]))
     return (f"{reduced}{model['backbone']}, {model['quantization']}, {length} of about {steps['batch_size']} pairs, "
             f"decode_weight {model['decode_weight']:g}. {results['protocol']}. {machine['name']}; "
             f"{', '.join(versions)}; {results['date'][:10]}; {commands}.")

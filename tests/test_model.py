@@ -29,12 +29,14 @@ def build(tiny_config, tiny_data, tmp_path, items=None, **changes) -> KarmaModel
 
 
 def wake(model: KarmaModel) -> None:
-    """Adapters start at zero, where half of their gradients vanish; move them off it."""
+    """Adapters start at zero and W_o near it, where gradients behind them vanish; move both off it."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+        if model.shortcut is not None:
+            model.interest_projection.weight.mul_(100)
 
 
 def batch_of(model: KarmaModel, data, count=4, sequences=None):

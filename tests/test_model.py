@@ -309,7 +309,8 @@ def test_starting_point_ranks_by_the_latest_items(tiny_config, tiny_data, tmp_pa
 
 
 def test_states_count_by_direction_and_begin_small_beside_the_shortcut(tiny_config, tiny_data, tmp_path):
-    model = build(tiny_config, tiny_data, tmp_path).eval()
+    model = KarmaModel.build(tiny_config.model, tiny_data.items, tiny_data.sequences, tiny_data.split, cache=tmp_path,
+                             device="cpu").eval()
     (chunk,) = batch_of(model, tiny_data, 8).prompts
     with torch.no_grad():
         states = model._prompt_states(chunk)[chunk.pairs].float()

@@ -36,7 +36,7 @@ def wake(model: KarmaModel) -> None:
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
         if model.shortcut is not None:
-            model.interest_projection.weight.mul_(100)
+            model.interest_projection.weight.mul_(30)
 
 
 def batch_of(model: KarmaModel, data, count=4, sequences=None):

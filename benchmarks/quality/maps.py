@@ -57,8 +57,7 @@ def plot_maps(results: dict[str, Any], path: Path) -> str | None:
                 axis.set_xticks([])
                 axis.tick_params(left=False)
         for axis in axes[:, 0]:
-            axis.set_yticks(range(len(labels)), [label if len(label) <= 24 else label[:23] + "…" for label in labels],
-                            fontsize=4.5)
+            axis.set_yticks(range(len(labels)), labels, fontsize=4.5)
         figure.colorbar(shown, ax=axes, label="attention weight, mean over heads", shrink=0.5,
                         ticks=[0, 0.05, 0.25, 0.5, 1])
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,7 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
     if row.name == "query":
         return Ready(score_by(lambda masked, queries: asked if queries else nothing))
     from karma_fast.baselines import mix_scorer, tune_mix
+    from karma_fast.baselines.rows import rank_requests
 
     @functools.cache
     def mix(masked: bool) -> Scorer:
@@ -92,14 +93,14 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
         history = mix(masked)
         if not queries:
             return history
-        requests = Requests(data, draw(data.split.valid, TUNED_ON, 0), {})
+        valid = draw(data.split.valid, TUNED_ON, 0)
 
         def with_weight(weight: float) -> Scorer:
             return lambda positions: history(positions) + np.float32(weight) * asked(positions)
 
         found = {}
         for weight in QUERY_WEIGHTS:
-            ranks = score_by(lambda masked, queries, weight=weight: with_weight(weight))(requests, masked, True)
+            ranks = rank_requests(data, valid, with_weight(weight), mask_seen=masked)
             found[weight] = float(gains(ranks.expected, "NDCG@10").mean())
         best = max(found, key=lambda weight: found[weight])
         facts[f"weight of the query, {'masked' if masked else 'unmasked'}"] = best

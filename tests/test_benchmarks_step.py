@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_model import wake
 
 from benchmarks.step import __main__ as main
 from benchmarks.step import tables as step_tables
@@ -22,15 +23,6 @@ TINY = Case("tiny", 6, "all", 1.0)
 BOTH = {"last": {"positions": "last"}, "all": {"positions": "all"},
         "some texts": {"decode_share": 0.5, "decode_positions": 3}, "no gen": {"gen_weight": 0.0},
         "no rec": {"rec_weight": 0.0}, "act alone": {"decode_weight": 0.0}, "no logQ": {"log_q": False}}
-
-
-def wake(model: KarmaModel) -> None:
-    """Adapters start at zero, where they change nothing and half of their gradients vanish; move them off it."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
 
 
 def both(config, data, folder, checkpointing=False, **changes):

@@ -100,11 +100,18 @@ def test_values_and_gradients_are_those_of_the_host(model, texts, options, cache
 
 
 def test_single_precision(model):
+    """Sums over all tokens are rounded differently on every machine: what counts is the size of a tensor, not of an
+    entry in which they cancel."""
     columns = tokenized(model, MANY)
-    theirs = value_and_grads(host.MultipleNegativesRankingLoss(model), columns)
-    assert_same(value_and_grads(MultipleNegativesRankingLoss(model), columns), theirs, rtol=1e-5, atol=1e-6)
-    assert_same(value_and_grads(CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=8), columns), theirs,
-                rtol=1e-5, atol=1e-6)
+    expected, theirs = value_and_grads(host.MultipleNegativesRankingLoss(model), columns)
+    cached = CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=8)
+    for loss in (MultipleNegativesRankingLoss(model), cached):
+        value, ours = value_and_grads(loss, columns)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        assert set(ours) == set(theirs) and len(ours) > 30
+        whole = torch.stack([grad.norm() for grad in theirs.values()]).norm()
+        for name, grad in theirs.items():  # a key's bias has no gradient but rounding
+            assert (ours[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7 * whole, name
 
 
 def test_settings(model):

@@ -1,4 +1,4 @@
-"""What the positions of one prompt look at, before tuning and after it, for the rows that were diagnosed."""
+"""What the positions of one prompt look at, without the adapters and with those of each row that was diagnosed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from .tables import by_row
 
-UNTUNED = "before tuning"
+UNTUNED = "adapters off"
 
 
 def panels(results: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
     """Labels of the prompt, and {UNTUNED or a row: {layer: (T, T)}} of every row's first seed that has maps.
 
-    The language model before tuning is the same for all rows and looks at the same prompt; what differs is the item
-    vectors, so it is drawn once, of the first such row.
+    The language model without adapters is the same for all rows and looks at the same prompt; what differs are the
+    trained soft tokens, so it is drawn once, with those of the first such row.
     """
     labels, found = [], {}
     for name, records in by_row(results).items():

@@ -221,7 +221,7 @@ def draw_all(files: dict[str, dict], folder: Path) -> dict[str, dict[str, str]]:
         if results["on"] != "test" or not results["records"]:
             continue
         for text, draw, name in (("HR@10 by row", plot, f"quality-{stem}.svg"),
-                                 ("attention of one prompt before and after tuning", plot_maps,
+                                 ("attention of one prompt, adapters off and on", plot_maps,
                                   f"quality-{stem}-attention.svg")):
             if said := draw(results, folder / name):
                 print(f"{folder / name}: {said}")

@@ -18,7 +18,8 @@ from .implementations import dense_loss
 
 FLAGS = ("labels", "ids", "log_q", "symmetric", "normalize")
 SHAPES = ((1, 1, 16), (5, 3, 8), (33, 47, 64), (127, 300, 65), (64, 64, 128), (256, 256, 256), (257, 1000, 513),
-          (40, 4099, 768), (1030, 1030, 96), (70, 133, 2048))
+          (40, 4099, 768), (1030, 1030, 96), (70, 133, 2048),
+          (2100, 150, 40))  # the last: whole rows of scores, and more of them than fit at once
 REDUCTIONS = ("none", "mean", "sum")
 WORKSPACES = (1 << 16, 1 << 20, 64 << 20)  # bytes; the small ones make many pieces of these small shapes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

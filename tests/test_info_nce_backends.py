@@ -98,6 +98,24 @@ def test_what_is_not_finite_shows(bad, symmetric, normalize):
             assert found[0].isnan() and found[1].isnan().any()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_float16_rows_of_different_lengths_in_pieces(symmetric):
+    """Short rows in one piece, nothing but zeros in another; 3 pieces in one pass for one direction."""
+    plan = chunked.Plan.of(300, 310, 16, torch.float16, symmetric, True, 330_000)
+    assert plan.one_pass != symmetric and 2 * plan.rows < 300
+    inputs, length = make(300, 310, 16, dtype=torch.float16), torch.full((300, 1), 8.0)
+    inputs["log_q"] = inputs["log_q"].float()
+    length[6], length[8], length[plan.rows:2 * plan.rows] = 0.02, 0.5, 0.0
+    inputs["query"] = torch.nn.functional.normalize(inputs["query"].float()).mul(length).half()
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    options = {"normalize": True, "symmetric": symmetric, "reduction": "sum"}
+    found = gradients(inputs, backend="chunked", workspace_bytes=330_000, **options)
+    expected = gradients(exact, backend="reference", **options)
+    for a, b in zip(found, expected, strict=True):  # row by row: the shortest has by far the largest gradient
+        a, b = (x if x.ndim == 2 else x[None] for x in (a.double(), b))
+        assert ((a - b).norm(dim=-1) <= 2e-3 * b.norm(dim=-1)).all()
+
+
 def test_a_row_without_an_inverse_length_shows():
     inputs = make(dtype=torch.float32)
     for factor, visible in ((1e-44, True), (3e37, False), (0.0, False)):

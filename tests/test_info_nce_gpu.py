@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from karma_kernels import info_nce
+from karma_kernels.info_nce import routing
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["chunked", "fused", "auto"]
@@ -66,6 +67,25 @@ def test_error_at_most_twice_that_of_plain_torch(backend, ids, log_q, symmetric,
         torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-4, atol=1e-5)
         for a, c in zip(found[3:], exact[3:], strict=True):
             assert (a.double() - c).norm() <= 2e-2 * c.norm() + 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_float16_rows_of_different_lengths_in_pieces(backend, symmetric):
+    """Short rows in one of the pieces of whole rows of scores, nothing but zeros in another."""
+    rows, keys, workspace_bytes = 2400, 3000, 24 << 20
+    tile = routing.library_tile(rows, keys, 2, symmetric, workspace_bytes)
+    assert symmetric or tile == (1280, keys, True)
+    inputs, length = make(rows, keys, 64, torch.float16), torch.full((rows, 1), 8.0, device="cuda")
+    inputs["scale"] = torch.tensor(14.0, device="cuda")
+    length[6], length[8], length[1280:] = 0.02, 0.5, 0.0
+    inputs["query"] = torch.nn.functional.normalize(inputs["query"].float()).mul(length).half()
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    options = {"normalize": True, "symmetric": symmetric, "reduction": "sum"}
+    found = gradients(inputs, backend=backend, workspace_bytes=workspace_bytes, **options)
+    for a, b in zip(found, gradients(exact, backend="reference", **options), strict=True):
+        a, b = (x if x.ndim == 2 else x[None] for x in (a.double(), b))
+        assert ((a - b).norm(dim=-1) <= 1e-2 * b.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

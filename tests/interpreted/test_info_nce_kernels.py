@@ -1,6 +1,7 @@
 """The shipped Triton kernels, interpreted: against the definition in float64, with every combination of flags."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def path(request, monkeypatch):
     """rows: fused, a whole row of the gradient at once; staged: fused, wide rows; library: chunked on a GPU."""
     if request.param == "library":
         monkeypatch.setattr(op, "implementation", lambda backend, query: library)
+        monkeypatch.setattr(sys.modules["karma_kernels.info_nce"], "module_of", lambda *_: "library")
         monkeypatch.setattr(routing, "LIBRARY_ONE_PASS_ROWS", 1)
         monkeypatch.setattr(routing, "whole_blocks", lambda n: max(1, n))
         return "chunked"
@@ -109,6 +111,36 @@ def test_float16_rows_of_any_length(path, length, symmetric):
     expected = gradients(exact, upstream, backend="reference", **options)
     for a, b in zip(found[1:], expected[1:], strict=True):
         assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("wanted", [("query", "key", "log_q", "scale"), ("scale",), ("log_q",)])
+def test_float16_rows_of_different_lengths_in_pieces(path, symmetric, wanted):
+    """Pieces of 5 rows, in one pass where there is one: short rows in one of them, nothing but zeros in another."""
+    inputs = make(rows=17, keys=33, width=16, dtype=torch.float16)
+    inputs["scale"], inputs["log_q"] = torch.tensor(14.0), inputs["log_q"].float()
+    length = torch.full((17, 1), 8.0)
+    length[6], length[8], length[10:15] = 0.02, 0.5, 0.0
+    inputs["query"] = torch.nn.functional.normalize(inputs["query"].float()).mul(length).half()
+    options = {"normalize": True, "symmetric": symmetric, "reduction": "sum"}
+    leaves = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs.items()}
+    info_nce(**leaves, backend=path, workspace_bytes=33 * 5 * 6, **options).backward()
+    exact = {name: x.double().requires_grad_(name in wanted) if x.is_floating_point() else x
+             for name, x in inputs.items()}
+    info_nce(**exact, backend="reference", **options).backward()
+    for name in wanted:  # row by row: the shortest has by far the largest gradient
+        error, size = ((x if name in ("query", "key") else x[None]).norm(dim=-1)
+                       for x in (leaves[name].grad - exact[name].grad, exact[name].grad))
+        assert (error <= 2e-3 * size).all(), name
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_nothing_but_zeros_in_float16(path, symmetric):
+    inputs = make(dtype=torch.float16, ids=False) | {"query": torch.zeros(5, 7, dtype=torch.float16)}
+    options = {"normalize": True, "symmetric": symmetric}
+    found = gradients(inputs, torch.tensor(1.0), backend=path, **options)
+    expected = gradients(inputs, torch.tensor(1.0), backend="reference", **options)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

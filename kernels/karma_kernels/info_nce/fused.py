@@ -35,7 +35,7 @@ def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
 def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
     """Gradients of ``sum_i weights_i loss_i`` in the dtype of the inputs."""
     p = Launch.of(x)
-    f = Factors.of(p, saved, weights)
+    f = Factors.of(p, saved, weights, p.up())
     if configs.rows(p.query.device, p.query.dtype, p.query.shape[1]) is not None:
         query = row_gradient(p, f, True, False)[0] if wanted.over_query else None
         key, log_q = row_gradient(p, f, False, wanted.log_q) if wanted.over_key else (None, None)

@@ -77,6 +77,16 @@ class Launch:
                 "NORMALIZE": self.x.normalize, "SYMMETRIC": self.x.symmetric, "ACC": accumulator(self.query.dtype),
                 "PRECISION": precision(self.query.dtype), "UPCAST": INTERPRETED}
 
+    def up(self) -> Tensor:
+        """() that G is multiplied with: of the whole problem, as sums over pieces of it are divided by one number."""
+        up = torch.ones_like(self.scale)
+        if self.query.dtype == torch.float16:
+            up = up * FP16_RANGE
+            if self.x.normalize:  # the kernels also multiply with the inverse norms
+                most = self.query_norm.amax() * self.key_norm.amax()
+                up = up / most.masked_fill(most == 0, 1)  # where there are none but zero rows
+        return up
+
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.x.dtype, device=self.query.device)
 
@@ -202,14 +212,10 @@ class Factors:
     multiplier: Tensor  # (): of sums of G y, without the scale
 
     @staticmethod
-    def of(p: Launch, saved: Tensor, weights: Tensor) -> Factors:
+    def of(p: Launch, saved: Tensor, weights: Tensor, up: Tensor) -> Factors:
+        """``up``: as :meth:`Launch.up` of the whole problem gives it, where p is a piece of one."""
         weights = weights.to(saved.dtype)
         largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-        up = torch.ones_like(largest)
-        if p.query.dtype == torch.float16:
-            up = up * FP16_RANGE
-            if p.x.normalize:  # the kernels also multiply with the inverse norms
-                up = up / (p.query_norm.amax() * p.key_norm.amax()).clamp_min(torch.finfo(up.dtype).tiny)
         weights = weights / largest * (up * p.x.direction_weight)
         top, rest, norm = saved[:3]
         factor = weights / norm

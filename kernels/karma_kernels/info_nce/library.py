@@ -57,7 +57,8 @@ def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
 
 
 def one_pass(p: Launch, tiles: Tiles, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:
-    config, sums, losses, saved = configs.epilogue(p.query.device), Accumulators.of(p, wanted), [], []
+    config, sums, up = configs.epilogue(p.query.device), Accumulators.of(p, wanted), p.up()
+    losses, saved = [], []
     for r in pieces(0, p.query.shape[0], tiles.rows):
         part = p.rows(r)
         running = Running.of(part)
@@ -65,7 +66,7 @@ def one_pass(p: Launch, tiles: Tiles, wanted: Wanted) -> tuple[Tensor, Tensor, G
         running.add(part, config, own, k, scores)
         for found, value in zip((losses, saved), running.result(part), strict=True):
             found.append(value)
-        f = Factors.of(part, saved[-1], torch.ones_like(losses[-1]))
+        f = Factors.of(part, saved[-1], torch.ones_like(losses[-1]), up)
         rows = replace(sums, query=None if sums.query is None else sums.query[:, r])
         add_tile(part, f, rows, config, own, k, scores, tiles.gradient)
     grads = finish_all(p, f, wanted, sums.query, sums.key, sums.log_q, p.x.dtype)
@@ -75,7 +76,7 @@ def one_pass(p: Launch, tiles: Tiles, wanted: Wanted) -> tuple[Tensor, Tensor, G
 def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Gradients:
     """Gradients of ``sum_i weights_i loss_i`` in the dtype of the inputs."""
     p = Launch.of(x)
-    f, tiles, sums = Factors.of(p, saved, weights), Tiles(p), Accumulators.of(p, wanted)
+    f, tiles, sums = Factors.of(p, saved, weights, p.up()), Tiles(p), Accumulators.of(p, wanted)
     for r, k, scores in tiles.each(p):
         add_tile(p, f, sums, configs.epilogue(p.query.device), r, k, scores, tiles.gradient)
     return finish_all(p, f, wanted, sums.query, sums.key, sums.log_q, x.query.dtype)

@@ -11,6 +11,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """(R, K) and (K, C) -> (R, C) ``a @ b`` with the sums in ``dtype``, which ``out`` has too if given."""
+    if a.dtype == dtype or a.device.type == "cpu":  # no product of narrow numbers with a wide result there
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, added in the dtype of ``total``."""
+    if a.dtype == total.dtype or a.device.type == "cpu":
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """``x / |x|`` over the last dimension; a zero row stays zero and gets a zero gradient.
 

@@ -230,16 +230,6 @@ class Factors:
         return Factors(top.contiguous(), factor, row_value, key_top, key_factor, value, multiplier)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, added in the dtype of ``total``."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cpu":  # no product of narrow numbers with a wide result there
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
 def finish(p: Launch, f: Factors, x: Tensor, x_norm: Tensor, sums: Tensor,
            scale_grad: bool,
            dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..numerics import product
 from . import configs
 from .launch import Factors, Launch, Running, finish_all
 from .problem import Gradients, Problem, Wanted, pieces
@@ -34,14 +35,7 @@ class Tiles:
         for r in pieces(0, p.query.shape[0], self.rows):
             for k in pieces(0, p.key.shape[0], self.keys):
                 out = self.scores[:(r.stop - r.start) * (k.stop - k.start)].view(r.stop - r.start, k.stop - k.start)
-                a, b = p.query[r], p.key[k].T
-                if a.dtype == out.dtype:
-                    torch.mm(a, b, out=out)
-                elif a.device.type == "cpu":  # no product of narrow numbers with a wide result there
-                    torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-                else:
-                    torch.mm(a, b, out_dtype=out.dtype, out=out)
-                yield r, k, out
+                yield r, k, product(p.query[r], p.key[k].T, out.dtype, out)
 
 
 def forward(x: Problem, wanted: Wanted) -> tuple[Tensor, Tensor, Gradients]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
+from ..numerics import add_product
 from . import configs
 from . import triton_kernels as kernels
-from .launch import Factors, Launch, add_product
+from .launch import Factors, Launch
 from .problem import Wanted
 
 

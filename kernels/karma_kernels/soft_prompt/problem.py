@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..info_nce.problem import pieces
-from ..numerics import compute_dtype
+from ..numerics import add_product, compute_dtype, product
 
 WORKSPACE_BYTES = 64 << 20  # of temporary memory, besides a (R, mid) copy and copies of the weights in another dtype
 
@@ -106,23 +106,6 @@ class Gradients:
 
 
 NAMES = tuple(f.name for f in fields(Gradients))
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` with the sums in ``dtype``."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.device.type == "cpu":  # no product of narrow numbers with a wide result there
-        return a.to(dtype) @ b.to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, added in the dtype of ``total``."""
-    if a.dtype == total.dtype or a.device.type == "cpu":
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def row_sums(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:

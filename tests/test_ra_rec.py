@@ -15,6 +15,7 @@ from karma_fast.model.backbone import causal_lm, decoder_layers
 from karma_fast.recipes import load_model
 from karma_fast.recipes.ra_rec import Config
 from karma_fast.recipes.ra_rec.id_models import Als, MeanOfItems, load_id_model, save_id_model
+from karma_fast.recipes.ra_rec.injection import Given
 from karma_fast.recipes.ra_rec.model import RaRecModel
 from karma_fast.recipes.ra_rec.select import BUCKETS, select_requests
 from karma_fast.step import backward
@@ -170,6 +171,19 @@ def test_texts_are_read_as_the_model_embeds_them(config, tiny_data, tiny_backbon
         states = causal_lm(model.backbone)(chunk.text.token_ids[None], output_hidden_states=True).hidden_states
     for found, expected in zip(model.text_states(chunk)[:, 0], states, strict=False):
         torch.testing.assert_close(found, expected[0, 1:].mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_states_are_pooled_without_a_look_at_the_owners(device):
+    """On a GPU the host would wait for such a look; a meta tensor has nothing to look at."""
+    given, owner = Given(), torch.tensor([0, 0, 2, 3, 3], device=device)
+    hidden = torch.arange(10.0, device=device).view(1, 5, 2)
+    with given.collecting(owner, 3) as means:
+        for layer in range(2):
+            given.at(layer, hidden)
+    assert [x.shape for x in means] == [(3, 2)] * 2
+    if device == "cpu":
+        assert means[0].tolist() == [[1, 2], [0, 0], [4, 5]]
 
 
 def test_alignment_is_info_nce_of_pooled_vectors_and_frozen_text(config, tiny_data):

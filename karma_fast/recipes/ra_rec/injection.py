@@ -67,7 +67,8 @@ class Given:
         self.values: Tensor | None = None  # (layers, n, hidden) for n places
         self.places: Tensor | None = None  # (n,) of a layer's input, its sequences one after the other
         self.means: list[Tensor] | None = None
-        self.pooled_by: Tensor | None = None  # (sequences, tokens of the input) weights
+        self.owner: Tensor | None = None  # (tokens of the input,) the sequence of each
+        self.sizes: Tensor | None = None  # (sequences + 1,) how many tokens each has, at least 1; last, the padding
 
     @contextlib.contextmanager
     def writing(self, values: Tensor, places: Tensor) -> Iterator[None]:
@@ -83,31 +84,31 @@ class Given:
 
         owner: (tokens of the input,) the sequence of each, ``count`` for padding.
         """
-        self.means, self.pooled_by = [], owner
-        self.count = count
+        # once for all layers, and not by bincount, for which the host waits on a GPU
+        sizes = owner.new_zeros(count + 1).index_add_(0, owner, torch.ones_like(owner)).clamp_min(1)
+        self.means, self.owner, self.sizes = [], owner, sizes
         try:
             yield self.means
         finally:
-            self.means = self.pooled_by = None
+            self.means = self.owner = self.sizes = None
 
     def at(self, layer: int, hidden: Tensor) -> Tensor:
         if self.means is not None:
-            self.means.append(means_of(hidden.flatten(0, -2), self.pooled_by, self.count))
+            self.means.append(means_of(hidden.flatten(0, -2), self.owner, self.sizes))
         if self.values is None or layer >= len(self.values):
             return hidden
         written = hidden.flatten(0, -2).index_copy(0, self.places, self.values[layer].to(hidden.dtype))
         return written.view_as(hidden)
 
 
-def means_of(states: Tensor, owner: Tensor, count: int) -> Tensor:
-    """(n, hidden), (n,) owners 0..count -> (count, hidden) float32 means; what ``count`` owns is left out.
+def means_of(states: Tensor, owner: Tensor, sizes: Tensor) -> Tensor:
+    """(n, hidden), (n,) owners 0..count, (count + 1,) sizes -> (count, hidden) float32 means; the last is left out.
 
-    >>> means_of(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([0, 0, 1]), 1)
+    >>> means_of(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([0, 0, 1]), torch.tensor([2, 1]))
     tensor([[2.]])
     """
-    sums = states.new_zeros(count + 1, states.shape[1], dtype=torch.float32).index_add_(0, owner, states.float())
-    sizes = torch.bincount(owner, minlength=count + 1).clamp_min(1)
-    return (sums / sizes[:, None])[:count]
+    sums = states.new_zeros(len(sizes), states.shape[1], dtype=torch.float32).index_add_(0, owner, states.float())
+    return (sums / sizes[:, None])[:-1]
 
 
 class Injected(nn.Module):

@@ -35,6 +35,15 @@ def test_doctor_knows_what_pyproject_asks_for():
     assert names(requirements("gpu")) - {"bitsandbytes"} <= set(OPTIONAL_ON_GPU)
 
 
+def test_what_is_asked_for_is_used():
+    modules = {"pyyaml": "yaml", "faiss-cpu": "faiss", "faiss-gpu-cu12": "faiss"}
+    doctor = ROOT / "karma_fast" / "commands" / "doctor.py"
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in ("karma_fast", "kernels")
+                     for path in (ROOT / folder).rglob("*.py") if path != doctor)
+    for name in {*NEEDED, *OPTIONAL, *OPTIONAL_ON_GPU, *names(requirements("gpu"))}:
+        assert re.search(rf"\b{modules.get(name, name.replace('-', '_'))}\b", code), name
+
+
 def test_base_dependencies_are_few():
     assert names(requirements("dependencies")) == {"torch", "numpy", "triton"}
 

@@ -27,7 +27,6 @@ OPTIONAL = {
 }
 OPTIONAL_ON_GPU = {
     "faiss-gpu-cu12": ("faiss-gpu-cu12", "retrieval on the GPU"),
-    "liger-kernel": ("liger-kernel", "language-model losses with less memory"),
     "flash-attn": ("flash-attn --no-build-isolation", "faster attention"),
 }
 NO_EXTENSION = ("by torch, many times slower than the C++ extension, which was not built; install a C++17 compiler "

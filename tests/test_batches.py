@@ -1,6 +1,11 @@
 """Batches: where a pair is read, what stands in a prompt, which texts are looked at, chunks, streams."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +15,9 @@ from test_model import batch_of, build
 from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import KarmaCollator, Prompts, log_sampling_probability, request
-from karma_fast.data.packing import EMB, TEXT, Packed
+from karma_fast.data.packing import EMB, TEXT, OfTensors, Packed
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_pairs_read_the_item_before_their_target(tiny_config, tiny_data, tmp_path):
@@ -147,3 +154,64 @@ def test_padding_and_unpadding_undo_each_other():
     assert torch.autograd.gradcheck(packed.unpadded, (block.detach().requires_grad_(),))
     empty = Packed.of(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
     assert empty.longest == 0 and len(empty) == 0
+
+
+def assert_reaches_another_process(batch):
+    """As it is, and without a file that stays open until it is there."""
+    before = len(os.listdir("/proc/self/fd"))
+    sent = ForkingPickler.dumps(batch)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert_same(ForkingPickler.loads(sent), batch)
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, OfTensors):
+        for field in dataclasses.fields(expected):
+            assert_same(getattr(found, field.name), getattr(expected, field.name))
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)  # and the same dtype
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("changes", [{"decode_share": 0.5}, {"decode_weight": 0.0}])  # without texts: empty tensors
+def test_batches_reach_another_process(tiny_config, tiny_data, tmp_path, changes):
+    model = build(tiny_config, tiny_data, tmp_path, **changes)
+    windows = list(zip(*(x[:9].tolist() for x in training_windows(
+        tiny_data.sequences, tiny_data.split, model.config.max_history, "all")), strict=True))
+    log_q = log_sampling_probability(tiny_data.sequences, tiny_data.split, 40)
+    batch = model.collator(tiny_data.sequences, log_q, chunk_size=2)(windows)
+    assert any(not len(chunk.texts) for chunk in batch.prompts)
+    assert_reaches_another_process(batch)
+    assert_reaches_another_process(model.collator(tiny_data.sequences)(windows))  # no log_q, one chunk
+
+
+WORKER = """
+import resource
+from dataclasses import dataclass
+import torch
+from torch.utils.data import DataLoader
+from karma_fast.data.packing import OfTensors, TextTargets
+
+@dataclass
+class Batch(OfTensors):
+    texts: list
+
+def collate(rows):
+    return Batch([TextTargets(*(torch.full((2,), row + n) for n in range(4))) for row in range(500)])
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for batch in DataLoader(range(3), num_workers=1, collate_fn=collate, timeout=20):
+    print(len(batch.texts), sum(int(x.labels.sum()) for x in batch.texts))
+"""
+
+
+def test_a_worker_needs_fewer_open_files_than_a_batch_has_tensors():
+    done = subprocess.run([sys.executable, "-c", WORKER], text=True, capture_output=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])})
+    assert done.stdout.splitlines() == [f"500 {2 * sum(range(1, 501))}"] * 3, done.stderr[-2000:]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_batches import assert_reaches_another_process
 from torch.nn import functional as F
 
 from karma_fast.config import ConfigError
@@ -115,6 +116,12 @@ def test_chunks_do_not_change_the_gradient(config, tiny_data, changes):
         assert parts.keys() == whole.keys()
         for name, g in whole.items():
             torch.testing.assert_close(parts[name], g, rtol=2e-3, atol=2e-5 * float(g.abs().max()) + 1e-7)
+
+
+def test_batches_reach_another_process(config, tiny_data):
+    model = build(config, tiny_data)
+    model.prompts.item_vectors[5] = torch.nan
+    assert_reaches_another_process(batch_of(model, tiny_data, chunk_size=2))
 
 
 def test_all_that_is_trained_learns_and_the_language_model_does_not(config, tiny_data):

@@ -265,6 +265,15 @@ def test_accumulation_averages_the_same_batches(tiny_config, tiny_data, tmp_path
     assert line["loss"] == pytest.approx(line["act"] + 0.1 * (line["gen"] + line["rec"]), abs=2e-3)
 
 
+def test_a_worker_makes_the_same_batches(tiny_config, tiny_data, tmp_path):
+    curves = []
+    for workers in (0, 1):
+        folder = tmp_path / str(workers)
+        trainer_of(tiny_config, tiny_data, folder, tmp_path, chunk_size=2, dataloader_num_workers=workers).train()
+        curves.append(curve(folder))
+    assert curves[0] == curves[1] and len(curves[0]) == 3
+
+
 def test_scale_is_clamped_after_the_step(tiny_config, tiny_data, tmp_path):
     trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, projection_learning_rate=0.5,
                          model_changes={"init_scale": 9.0, "max_scale": 9.1})

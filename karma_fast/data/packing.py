@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ TEXT, EMB = -1, -2  # slots of a token of text and of the learned [EMB] token
 class OfTensors:
     """Mixed into dataclasses of tensors, lists of such and plain values: moves all of them at once."""
 
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        # torch would send each tensor to another process as an open file, and a large batch has more than are allowed
+        ForkingPickler.register(cls, _as_arrays)
+
     def mapped(self, function: Callable[[Tensor], Tensor]):
         return type(self)(*(_mapped(getattr(self, f.name), function) for f in dataclasses.fields(self)))
 
@@ -25,6 +31,15 @@ class OfTensors:
 
     def pin_memory(self):
         return self.mapped(Tensor.pin_memory)
+
+
+def _as_arrays(batch: OfTensors) -> tuple:
+    values = (getattr(batch, f.name) for f in dataclasses.fields(batch))
+    return _of_arrays, (type(batch), *(x.numpy() if isinstance(x, Tensor) else x for x in values))
+
+
+def _of_arrays(kind: type, *values):
+    return kind(*(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in values))
 
 
 def _mapped(value, function):

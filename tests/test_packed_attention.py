@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from karma_fast.data.packing import TEXT, Packed
@@ -15,6 +16,7 @@ from karma_fast.model.packed_attention import (
     use_packed_attention,
     written_out,
 )
+from karma_fast.planning.simulated import Simulation
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "initializer_range": 0.3}
@@ -89,6 +91,18 @@ def test_both_blocks_are_causal_attention(window, groups):
         for found, right in zip(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True),
                                 torch.autograd.grad(expected, (q, k, v), upstream, retain_graph=True), strict=True):
             torch.testing.assert_close(found, right)
+
+
+def test_no_heads_share_keys_on_a_gpu(monkeypatch):
+    """There, the kernel that takes float32 or a mask wants as many heads of keys, and without it scores are stored."""
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: calls.append((args, options))
+                        or args[0])
+    with Simulation("cuda").entered():
+        q, k = torch.zeros(2, 7, 4, 5, device="cuda"), torch.zeros(2, 7, 2, 5, device="cuda")
+        fused(q, k, k, 1.0, 0.0, None)
+    (q, k, v, *_), options = calls[0]
+    assert q.shape == k.shape == v.shape and not options["enable_gqa"]
 
 
 def test_what_is_not_known_is_refused():

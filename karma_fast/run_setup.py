@@ -56,22 +56,26 @@ def training_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArguments:
-    """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings.
-
-    On a GPU the optimiser's states take a byte a number and may leave the card, where bitsandbytes is there.
-    """
+    """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
     config.training = training_settings(config.training) | {"output_dir": str(folder)}
     defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
                 "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available()}
     if torch.cuda.is_available():
-        # the next batch is made while the card works
-        defaults |= {"dataloader_num_workers": 1, "chunk_size": "auto"}
-        if importlib.util.find_spec("bitsandbytes"):
-            defaults |= {"optim": "paged_adamw_8bit"}
+        defaults |= gpu_defaults()
     try:
         return KarmaTrainingArguments(**(defaults | config.training))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+
+
+def gpu_defaults() -> dict[str, Any]:
+    """Training settings that a GPU changes, for runs and for what `karma-fast plan` says of them.
+
+    The next batch is made while the card works, and the chunk is what fits. Where bitsandbytes is there, the
+    optimiser's states take a byte a number and may leave the card.
+    """
+    optim = {"optim": "paged_adamw_8bit"} if importlib.util.find_spec("bitsandbytes") else {}
+    return {"dataloader_num_workers": 1, "chunk_size": "auto"} | optim
 
 
 def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset, say: Callable[[str], None],

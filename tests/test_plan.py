@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import held_bytes
-from karma_fast.commands.plan import gpu_memory, main
-from karma_fast.config import ConfigError, KarmaConfig
+from karma_fast.commands.plan import gpu_memory, main, step_settings
+from karma_fast.config import ConfigError, KarmaConfig, RunConfig
 from karma_fast.model.backbone import load_backbone
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
@@ -19,6 +19,7 @@ from karma_fast.planning import Planner, plan_memory, propose
 from karma_fast.planning.optimiser import state_bytes
 from karma_fast.planning.simulated import Simulation
 from karma_fast.planning.workload import Tokens, Workload
+from karma_fast.run_setup import training_arguments
 from karma_fast.step import backward
 
 WEIGHTS = ("frozen weights", "trained weights", "item features")
@@ -273,6 +274,19 @@ def test_command_counts_windows_as_training_does(backbone, tiny_dataset, tiny_da
     assert json.loads(capsys.readouterr().out)["batch_size"] == windows_of_a_step(training, "all", *windows) > 40 / 4
     with pytest.raises(ConfigError, match="karma alone"):
         main(arguments(overrides={"recipe": "ra_rec"}))
+
+
+def test_command_takes_the_settings_of_training_on_a_gpu(backbone, tmp_path, monkeypatch, capsys):
+    config = RunConfig()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config.training = {"use_cpu": True}  # which no default asks
+    args = training_arguments(config, tmp_path)
+    assert step_settings(RunConfig(), None) == (args.train_batch_size, "auto", args.optim.value)
+    assert args.chunk_size == "auto" and args.optim.value == "paged_adamw_8bit"
+    monkeypatch.undo()
+    main(arguments(overrides={"quantization": "none", "training.chunk_size": "none"}, model=backbone, batch_size=40,
+                   gpu_memory="1MB"))
+    assert json.loads(capsys.readouterr().out)["chunk_size"] == 2  # all of the step, whether it fits or not
 
 
 def test_command_refuses_what_it_cannot_read(tmp_path):

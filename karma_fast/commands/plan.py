@@ -37,10 +37,12 @@ def main(args: argparse.Namespace) -> int:
         data = load_dataset(config.data)
     batch_size, chunk_size, optimiser = step_settings(config, data)
     chunk_size = args.chunk_size or chunk_size
-    if budget is None or chunk_size is not None:
-        plan = plan_memory(config.model, batch_size=batch_size, chunk_size=chunk_size, data=data, optimiser=optimiser)
+    known = {"data": data, "optimiser": optimiser}
+    if chunk_size == "auto" and budget is not None:
+        plan = propose(config.model, budget, batch_size, **known)
     else:
-        plan = propose(config.model, budget, batch_size, data=data, optimiser=optimiser)
+        plan = plan_memory(config.model, batch_size=batch_size,
+                           chunk_size=None if chunk_size == "auto" else chunk_size, **known)
     fits = None if budget is None else plan.fits(budget)
     if args.json:
         print(json.dumps(plan.to_dict() | {"budget_bytes": budget, "fits": fits}, indent=1))
@@ -49,17 +51,18 @@ def main(args: argparse.Namespace) -> int:
     return 1 if fits is False else 0
 
 
-def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | None, str]:
-    """(windows of a step on one device, windows at once, optimiser) of the training section.
+def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | str | None, str]:
+    """(windows of a step on one device, windows at once, optimiser) of the training section on a GPU.
 
-    Without data every window is taken to be as long as it may be.
+    Windows at once: a number, "auto", or None for all of the step. Without data every window is taken to be as long
+    as it may be.
     """
     from ..data.windows import training_windows, windows_of_pairs
-    from ..run_setup import training_settings
+    from ..run_setup import gpu_defaults, training_settings
     from ..trainer import KarmaTrainingArguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(KarmaTrainingArguments)}
-    settings = defaults | training_settings(config.training)
+    settings = defaults | gpu_defaults() | training_settings(config.training)
     windows = settings["per_device_train_batch_size"]
     model = config.model
     if settings.get("batch_size") and data is not None:
@@ -67,8 +70,7 @@ def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | N
             data.sequences, data.split, model.max_history, model.positions))
     elif settings.get("batch_size"):
         windows = -(-settings["batch_size"] // (model.max_history if model.positions == "all" else 1))
-    chunk = settings["chunk_size"]
-    return windows, None if chunk == "auto" else chunk, str(getattr(settings["optim"], "value", settings["optim"]))
+    return windows, settings["chunk_size"], str(getattr(settings["optim"], "value", settings["optim"]))
 
 
 def gpu_memory(text: str | None) -> int | None:

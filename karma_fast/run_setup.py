@@ -23,7 +23,7 @@ from .data.schema import Dataset
 from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
-from .step import OutOfMemory
+from .step import OutOfMemory, first_line
 from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
@@ -82,7 +82,8 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
                budget: int | None = None) -> ModelConfig:
     """Resolves ``chunk_size: auto``: the largest chunk predicted to fit, and checkpointing if it must be.
 
-    budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once.
+    budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once. Where the memory
+    cannot be predicted, ``UNPLANNED_CHUNK`` windows are.
     """
     from .planning import propose
     from .planning.plan import CUDA_CONTEXT
@@ -100,7 +101,15 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
         budget = min(total, free + CUDA_CONTEXT)  # asking has made the context, which a plan counts too
     starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
     windows = windows_of_a_step(args, config.positions, starts, ends)
-    plan = propose(config, budget, windows, data=data, optimiser=args.optim.value)
+    try:
+        plan = propose(config, budget, windows, data=data, optimiser=args.optim.value)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model that the simulation does not know trains all the same
+        args.chunk_size = UNPLANNED_CHUNK
+        say(f"this run's memory {unpredicted(error)}; {UNPLANNED_CHUNK} windows are read at once, and if they do not "
+            "fit, set training.chunk_size lower")
+        return config
     args.chunk_size = plan.chunk_size
     if not plan.fits(budget):
         better = [f"{change['setting']} {change['value']} ({change['peak_bytes'] / 1e9:.1f} GB)"
@@ -155,7 +164,7 @@ def explain_memory(args: KarmaTrainingArguments, config: ModelConfig, folder: Pa
         raise MemoryError(f"out of memory in {PARTS[error.part]}: {error}; {what}{resume}") from error
 
 
-UNPLANNED_CHUNK = 32  # prompts at once on a GPU, of a recipe whose memory is not predicted
+UNPLANNED_CHUNK = 32  # prompts at once on a GPU, where their memory is not predicted
 PARTS = {"prompts": "the language model's pass over the prompts", "contrastive": "the contrastive loss",
          "reconstruction": "the decoder's pass over the target texts", "optimiser": "the optimiser's step",
          "evaluation": "the evaluation during training", "checkpoint": "writing a checkpoint"}
@@ -256,6 +265,10 @@ def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
                                device_type=args.device.type, data=data, tokenizer=model.tokenizer,
                                optimiser=args.optim.value)
     except Exception as error:  # a model that the simulation does not know trains all the same
-        return f"its memory could not be predicted ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        return f"its memory {unpredicted(error)}"
     where = "of the GPU" if args.device.type == "cuda" else "of tensors, beside the program itself"
     return f"predicted: at most about {plan.peak / 1e9:.1f} GB {where}"
+
+
+def unpredicted(error: Exception) -> str:
+    return f"could not be predicted ({type(error).__name__}: {first_line(error)[:80]})"

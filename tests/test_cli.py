@@ -1,5 +1,6 @@
 """The command line: exit codes, messages and files, with a tiny language model and tiny data."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -80,6 +81,24 @@ def test_auto_chunks_are_what_fits_the_gpu(tiny_config, tiny_data, tmp_path):
     assert "hardly fit" in said[0] and "quantization 4bit" in said[0]
     args.chunk_size = "auto"
     assert fit_to_gpu(args, tiny_config.model, tiny_data, said.append) == tiny_config.model and args.chunk_size is None
+
+
+def test_auto_chunks_where_nothing_is_predicted(tiny_config, tiny_data, tmp_path, monkeypatch):
+    from karma_fast.run_setup import UNPLANNED_CHUNK, fit_to_gpu, training_arguments
+
+    def unknown(*args, **options):
+        raise NotImplementedError  # without a message
+
+    tiny_config.training |= {"chunk_size": "auto", "use_cpu": True}
+    args, said = training_arguments(tiny_config, tmp_path), []
+    monkeypatch.setattr("karma_fast.planning.propose", unknown)
+    assert fit_to_gpu(args, tiny_config.model, tiny_data, said.append, budget=10**12) == tiny_config.model
+    assert args.chunk_size == UNPLANNED_CHUNK and len(said) == 1
+    assert "NotImplementedError" in said[0] and "training.chunk_size" in said[0]
+    monkeypatch.undo()
+    args.chunk_size = "auto"
+    with pytest.raises(ConfigError, match="backbone"):  # what training could not read either
+        fit_to_gpu(args, dataclasses.replace(tiny_config.model, backbone=str(tmp_path)), tiny_data, said.append, 10**9)
 
 
 def test_plan_says_what_fits(tmp_path):

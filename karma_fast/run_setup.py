@@ -85,7 +85,7 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
     budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once. Where the memory
     cannot be predicted, ``UNPLANNED_CHUNK`` windows are.
     """
-    from .planning import propose
+    from .planning import capability_of, propose
     from .planning.plan import CUDA_CONTEXT
 
     if args.chunk_size != "auto":
@@ -102,7 +102,8 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
     starts, ends = training_windows(data.sequences, data.split, config.max_history, config.positions)
     windows = windows_of_a_step(args, config.positions, starts, ends)
     try:
-        plan = propose(config, budget, windows, data=data, optimiser=args.optim.value)
+        plan = propose(config, budget, windows, data=data, optimiser=args.optim.value,
+                       capability=capability_of(args.device))
     except ConfigError:
         raise
     except Exception as error:  # a model that the simulation does not know trains all the same
@@ -254,7 +255,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
 
 def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
     """What `karma-fast plan` says of this run, as part of a line."""
-    from .planning import plan_memory
+    from .planning import capability_of, plan_memory
 
     args, model = trainer.args, trainer.model
     if model.config.recipe != "karma":
@@ -263,7 +264,7 @@ def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
         with torch.random.fork_rng([]):  # a run must not depend on its prediction
             plan = plan_memory(model.config, batch_size=args.train_batch_size, chunk_size=args.chunk_size,
                                device_type=args.device.type, data=data, tokenizer=model.tokenizer,
-                               optimiser=args.optim.value)
+                               optimiser=args.optim.value, capability=capability_of(args.device))
     except Exception as error:  # a model that the simulation does not know trains all the same
         return f"its memory {unpredicted(error)}"
     where = "of the GPU" if args.device.type == "cuda" else "of tensors, beside the program itself"

@@ -101,6 +101,37 @@ def test_auto_chunks_where_nothing_is_predicted(tiny_config, tiny_data, tmp_path
         fit_to_gpu(args, dataclasses.replace(tiny_config.model, backbone=str(tmp_path)), tiny_data, said.append, 10**9)
 
 
+def test_auto_chunks_and_the_prediction_know_the_card(tiny_config, tiny_data, tmp_path, monkeypatch):
+    import torch
+
+    from karma_fast.planning import capability_of, propose
+    from karma_fast.planning.plan import CUDA_CONTEXT
+    from karma_fast.run_setup import fit_to_gpu, predicted_memory, training_arguments
+    from karma_fast.trainer import KarmaTrainingArguments
+
+    tiny_config.training |= {"chunk_size": "auto", "per_device_train_batch_size": 8, "use_cpu": True}
+    args, chunks, predicted = training_arguments(tiny_config, tmp_path), {}, []
+    need = propose(tiny_config.model, 10**12, 8, data=tiny_data, optimiser=args.optim.value).peak
+    monkeypatch.setattr(KarmaTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need - CUDA_CONTEXT, 10**12))
+    for card in ((8, 0), (7, 5)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, card=card: card)
+        assert capability_of(args.device) == card
+        args.chunk_size = "auto"
+        fit_to_gpu(args, tiny_config.model, tiny_data, print)
+        chunks[card] = args.chunk_size
+    assert chunks[8, 0] == 8 > chunks[7, 5]
+
+    def plan_memory(*_, **known):
+        predicted.append(known["capability"])
+        return SimpleNamespace(peak=10**9)
+
+    monkeypatch.setattr("karma_fast.planning.plan_memory", plan_memory)
+    model = SimpleNamespace(config=tiny_config.model, tokenizer=None)
+    assert "1.0 GB of the GPU" in predicted_memory(SimpleNamespace(args=args, model=model), tiny_data)
+    assert predicted == [(7, 5)]
+
+
 def test_plan_says_what_fits(tmp_path):
     config = tmp_path / "shop.yaml"
     config.write_text("model: {backbone: smollm2-135m-instruct, positions: last}\ntraining: {chunk_size: 4}\n")

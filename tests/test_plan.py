@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def test_a_step_takes_what_was_predicted(backbone, name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_takes_what_was_predicted_on_a_gpu(backbone, name):
     changes, batch_size, chunk_size = CASES[name]
-    planner = Planner(settings(backbone, **changes), batch_size=8 * batch_size, device_type="cuda")
+    planner = Planner(settings(backbone, **changes), batch_size=8 * batch_size, device_type="cuda",
+                      capability=torch.cuda.get_device_capability())
     chunk_size = chunk_size and 8 * chunk_size
     plan = planner.plan(chunk_size)
     torch.cuda.empty_cache()
@@ -188,6 +190,14 @@ def test_the_proposed_chunk_fits_and_the_next_does_not(backbone):
 
     found = propose(config, smaller.peak - 1, 8)  # 3 windows at once without checkpointing, which are few
     assert found.gradient_checkpointing and found.fits(smaller.peak - 1) and found.chunk_size > 3
+
+
+def test_older_gpus_compute_in_float32(backbone):
+    config = settings(backbone, decode_weight=0.0)
+    new, old = (Planner(config, batch_size=8, capability=card).plan(4) for card in ((8, 0), (7, 5)))
+    assert old.parts["frozen weights"] == pytest.approx(2 * new.parts["frozen weights"], rel=0.01)
+    assert old.parts["activations"] > 1.5 * new.parts["activations"]
+    assert "capability 8.0" in new.assumed[-1] and "float32" in old.assumed[-1] and "7.5" in old.assumed[-1]
 
 
 def test_if_nothing_fits_the_changes_are_ranked(backbone):
@@ -274,6 +284,17 @@ def test_command_counts_windows_as_training_does(backbone, tiny_dataset, tiny_da
     assert json.loads(capsys.readouterr().out)["batch_size"] == windows_of_a_step(training, "all", *windows) > 40 / 4
     with pytest.raises(ConfigError, match="karma alone"):
         main(arguments(overrides={"recipe": "ra_rec"}))
+
+
+def test_command_knows_the_card_that_is_here(backbone, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=4 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    known = {"overrides": {"quantization": "none"}, "model": backbone, "batch_size": 40, "chunk_size": 1}
+    for memory, capability in ((None, "7.5"), ("4GB", "8.0")):
+        main(arguments(gpu_memory=memory, **known))
+        found = json.loads(capsys.readouterr().out)
+        assert found["budget_bytes"] == 4 * 10**9 and capability in found["assumed"][-1]
 
 
 def test_command_takes_the_settings_of_training_on_a_gpu(backbone, tmp_path, monkeypatch, capsys):

@@ -27,7 +27,8 @@ def main(args: argparse.Namespace) -> int:
         config.model = dataclasses.replace(config.model, backbone=args.model)
     budget = gpu_memory(args.gpu_memory)
     set_up_process()
-    from ..planning import plan_memory, propose
+    from ..model.backbone import default_device
+    from ..planning import capability_of, plan_memory, propose
 
     config.training |= {"batch_size": args.batch_size} if args.batch_size else {}
     data = None
@@ -38,6 +39,8 @@ def main(args: argparse.Namespace) -> int:
     batch_size, chunk_size, optimiser = step_settings(config, data)
     chunk_size = args.chunk_size or chunk_size
     known = {"data": data, "optimiser": optimiser}
+    if args.gpu_memory is None:  # this machine's GPU is meant
+        known["capability"] = capability_of(default_device())
     if chunk_size == "auto" and budget is not None:
         plan = propose(config.model, budget, batch_size, **known)
     else:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+ASSUMED_CAPABILITY = (8, 0)  # of a GPU that is not here
+
 
 class DevicesForCpp(TorchFunctionMode):
     """C++ is told "cpu" where Python says "cuda"; tensors that go there become the simulation's."""
@@ -35,15 +37,24 @@ class DevicesForCpp(TorchFunctionMode):
         return self.simulated(out) if type(out) is Tensor else out
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; where the device is none, that of the one which is assumed."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else ASSUMED_CAPABILITY
+
+
+def has_bfloat16(capability: tuple[int, int]) -> bool:
+    return capability >= (8, 0)
+
+
 def is_cuda(x) -> bool:
     return x.type == "cuda" if isinstance(x, torch.device) else isinstance(x, str) and x.startswith("cuda")
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
-    """Within it, Python code that asks torch about the GPU gets the answers of one with bfloat16, and autocast for
-    "cuda" acts on CPU tensors, which is what simulated ones are to torch's C++. The two have nearly the same lists of
-    operators: those of a decoder are on both."""
+def as_on_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it, Python code that asks torch about the GPU gets the answers of one of this compute capability, and
+    autocast for "cuda" acts on CPU tensors, which is what simulated ones are to torch's C++. The two have nearly the
+    same lists of operators: those of a decoder are on both."""
     is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     set_enabled, set_dtype = torch.set_autocast_enabled, torch.set_autocast_dtype
 
@@ -60,7 +71,8 @@ def as_on_a_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
                 (torch.cuda, "set_rng_state", lambda *_: None),
                 (torch.cuda, "device", lambda *_: contextlib.nullcontext()),
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # what autocast asks
-                (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+                (torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                    including_emulation or has_bfloat16(capability)),
                 (torch.cuda, "get_device_capability", lambda *_: capability)):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -16,6 +16,7 @@ from ..data.schema import Dataset
 from ..data.windows import negatives_of
 from ..model.backbone import decoder_layers
 from .build import LAYERS, depth, simulated_model, weight_bytes
+from .gpu import ASSUMED_CAPABILITY, has_bfloat16
 from .optimiser import state_bytes
 from .shapes import language_model
 from .simulated import Simulation
@@ -64,7 +65,8 @@ class MemoryPlan:
 
 
 def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | None = None, device_type: str = "cuda",
-                data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused") -> MemoryPlan:
+                data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused",
+                capability: tuple[int, int] = ASSUMED_CAPABILITY) -> MemoryPlan:
     """The memory of a training step at its peak, from the language model's configuration alone.
 
     The model's own code runs on tensors without values, with three decoder layers that stand for all. No weight is
@@ -78,6 +80,7 @@ def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | 
             met by every window, over 100,000 items.
         tokenizer: of the backbone, to count the instruction's tokens; else 4 characters are taken for one.
         optimiser: as in the training setting ``optim``.
+        capability: the GPU's compute capability; before 8.0 there is no bfloat16, and numbers take twice the bytes.
 
     Raises ConfigError for a backbone whose configuration cannot be read.
 
@@ -87,7 +90,7 @@ def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | 
         True
     """
     return Planner(config, batch_size=batch_size, device_type=device_type, data=data, tokenizer=tokenizer,
-                   optimiser=optimiser).plan(chunk_size)
+                   optimiser=optimiser, capability=capability).plan(chunk_size)
 
 
 class Planner:
@@ -97,13 +100,14 @@ class Planner:
     """
 
     def __init__(self, config: KarmaConfig, *, batch_size: int, device_type: str = "cuda", data: Dataset | None = None,
-                 tokenizer=None, optimiser: str = "adamw_torch_fused", layers: int = LAYERS) -> None:
+                 tokenizer=None, optimiser: str = "adamw_torch_fused",
+                 capability: tuple[int, int] = ASSUMED_CAPABILITY, layers: int = LAYERS) -> None:
         self.shape = language_model(config.backbone)
         self.workload = Workload.of(config, self.shape.get_text_config().hidden_size, data, tokenizer)
         self.config, self.batch_size, self.optimiser = config, batch_size, optimiser
         self.device_type, self.data = device_type, data
         self.extra_layers = max(0, depth(self.shape) - layers)
-        self.simulation = Simulation(device_type)
+        self.simulation = Simulation(device_type, capability)
         with self.simulation.entered():
             self.model = simulated_model(self.workload.applied(config), self.shape, self.workload, batch_size,
                                          self.simulation, layers)
@@ -158,7 +162,10 @@ class Planner:
         if self.device_type == "cuda":
             out.append(f"{CUDA_CONTEXT >> 20} MiB for the CUDA context, {CUBLAS >> 20} MiB for cuBLAS, and "
                        f"{FRAGMENTS:.0%} of the rest lost between the allocator's blocks")
-            out.append("bfloat16 and fused attention, as on GPUs of compute capability 8.0 and later")
+            major, minor = self.simulation.capability
+            out.append("bfloat16 and fused attention, as on GPUs of compute capability 8.0 and later"
+                       if has_bfloat16((major, minor)) else
+                       f"float32 and padded attention, as on GPUs of compute capability {major}.{minor}")
         return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import KarmaConfig
 from ..data.schema import Dataset
+from .gpu import ASSUMED_CAPABILITY
 from .plan import MemoryPlan, Planner
 
 FEW = 4  # windows at once; with fewer the hardware idles, and recomputing layers is the better choice
@@ -15,10 +16,12 @@ SIZES = sorted({round(base * 2**power) for power in range(17) for base in (1, 1.
 
 
 def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_type: str = "cuda",
-            data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused") -> MemoryPlan:
+            data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused",
+            capability: tuple[int, int] = ASSUMED_CAPABILITY) -> MemoryPlan:
     """The plan with the largest chunk that fits ``budget_bytes``; gradient checkpointing only where it must be.
 
-    If nothing fits, the smallest plan, which then does not fit either; its ``changes`` say what else would help.
+    If nothing fits, the smallest plan, which then does not fit either; its ``changes`` say what else would help. The
+    other arguments are those of `plan_memory`.
 
     Raises ConfigError for a backbone whose configuration cannot be read.
 
@@ -27,7 +30,8 @@ def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_t
         >>> plan.chunk_size, plan.gradient_checkpointing  # doctest: +SKIP
         (10, False)
     """
-    known = {"device_type": device_type, "data": data, "tokenizer": tokenizer, "optimiser": optimiser}
+    known = {"device_type": device_type, "data": data, "tokenizer": tokenizer, "optimiser": optimiser,
+             "capability": capability}
     best = None
     for checkpointing in [True] if config.gradient_checkpointing else [False, True]:
         planner = Planner(dataclasses.replace(config, gradient_checkpointing=checkpointing), batch_size=batch_size,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .gpu import DevicesForCpp, as_on_a_gpu
+from .gpu import ASSUMED_CAPABILITY, DevicesForCpp, as_on_a_gpu
 from .opaque import body_of, workspace_of
 
 aten = torch.ops.aten
@@ -83,8 +83,8 @@ class Block:
 class Simulation(TorchDispatchMode):
     """Within it, tensors are simulated on ``device`` and their memory is recorded.
 
-    blocks: all memory taken since the start, in order. events counts the takings and releases so far. tag: what a new
-    block is marked with; set it from outside.
+    capability: that a simulated GPU says it has. blocks: all memory taken since the start, in order. events counts the
+    takings and releases so far. tag: what a new block is marked with; set it from outside.
 
     Example:
         >>> with Simulation("cuda").entered() as simulation:
@@ -94,9 +94,9 @@ class Simulation(TorchDispatchMode):
         [4096, 4096, 512]
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, capability: tuple[int, int] = ASSUMED_CAPABILITY) -> None:
         super().__init__()
-        self.place = torch.device(device)
+        self.place, self.capability = torch.device(device), capability
         self.granularity = 512 if self.place.type == "cuda" else 1  # of torch's CUDA allocator
         self.blocks: list[Block] = []
         self.events = 0
@@ -110,7 +110,7 @@ class Simulation(TorchDispatchMode):
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if self.place.type == "cuda":
-                stack.enter_context(as_on_a_gpu())
+                stack.enter_context(as_on_a_gpu(self.capability))
             stack.enter_context(self.on())
             yield self
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,30 @@ KarmaTrainer(model, KarmaTrainingArguments(use_cpu=True, **values), data, [Kill(
     theirs = dict(whole.model.named_parameters())
     for name, p in resumed.model.named_parameters():
         assert torch.equal(p, theirs[name]), name
+
+
+def test_a_tied_language_model_is_saved_and_resumed_whole(tiny_config, tiny_data, tiny_backbone, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tied = AutoConfig.from_pretrained(tiny_backbone, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(tmp_path / "tied")
+    options = {"max_steps": 4, "save_steps": 2,
+               "model_changes": {"tuning": "full", "backbone": str(tmp_path / "tied")}}
+    whole = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    lm = whole.model.backbone
+    start = lm.get_input_embeddings().weight.detach().clone()
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    whole.train()
+    assert not torch.equal(lm.get_input_embeddings().weight, start)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.model.save_pretrained(tmp_path / "model")
+    read = KarmaModel.from_pretrained(tmp_path / "model", device="cpu")
+    for name, value in whole.model.state_dict().items():  # the tied weight under both of its names
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+        assert torch.equal(read.state_dict()[name], value), name
 
 
 def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):

@@ -88,9 +88,14 @@ class Recommender(nn.Module):
     # ---- saving --------------------------------------------------------------------------------------------------
 
     def trained_names(self) -> set[str]:
-        """Names of what `model.safetensors` holds: all trained weights and small buffers, no frozen language model."""
-        frozen = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if not p.requires_grad}
-        return {name for name in self.state_dict() if name not in frozen
+        """Names of what `model.safetensors` holds: all trained weights and small buffers, no frozen language model.
+
+        A tied weight, such as that of embeddings and output head, has one of its names.
+        """
+        first = {name for name, _ in self.named_parameters()}
+        left_out = {name for name, p in self.named_parameters(remove_duplicate=False)
+                    if name not in first or (name.startswith("backbone.") and not p.requires_grad)}
+        return {name for name in self.state_dict() if name not in left_out
                 and (not name.startswith("backbone.") or "lora_" in name or self.config.tuning == "full")}
 
     def save_weights(self, folder) -> None:

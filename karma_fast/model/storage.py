@@ -89,7 +89,8 @@ def load_parts(folder: str | Path, name: str) -> tuple[ModelConfig, Items, dict[
     if values.get("format") != FORMAT:
         raise ConfigError(f"{folder}: has format {values.get('format')}, this version reads {FORMAT}; save the model "
                           "again")
-    rows = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    with open(folder / "items.jsonl", encoding="utf-8") as file:  # str.splitlines also cuts at U+2028 and others
+        rows = [json.loads(line) for line in file]
     items = Items(ids=np.array([r["id"] for r in rows], dtype=object), texts=[r["text"] for r in rows],
                   titles=[r["title"] for r in rows])
     return (recipe(name).Config.from_dict(values[name]), items, load_file(folder / "items.safetensors"),

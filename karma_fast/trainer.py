@@ -153,6 +153,10 @@ class KarmaTrainer(Trainer):
         starts, ends = model.training_windows(data.sequences, data.split)
         if not len(starts):
             raise ValueError("no user has two events in the training part, so there is nothing to train on")
+        if args.eval_strategy != "no" and not len(data.split.valid):
+            raise ValueError(f"training.eval_strategy: got {args.eval_strategy.value}, but the data has no validation "
+                             "target; set it to no, or move data.valid_time and data.test_time so that some "
+                             "events of users with earlier ones lie between them")
         if args.n_gpu > 1:
             warnings.warn(f"{args.n_gpu} GPUs are visible and one is used; torchrun --nproc-per-node {args.n_gpu} "
                           "starts a process for each", stacklevel=2)

@@ -1,5 +1,6 @@
 """KarmaTrainer: log, evaluation, checkpoints, exact resume, Ctrl-C, wrong settings."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -360,6 +361,28 @@ def test_nothing_to_train_on_is_said(tiny_config, tiny_data, tmp_path):
                              device="cpu")
     with pytest.raises(ValueError, match="nothing to train on"):
         KarmaTrainer(model, KarmaTrainingArguments(output_dir=str(tmp_path), use_cpu=True), empty)
+
+
+def test_one_user_alone_teaches_nothing(tiny_config, tiny_data, tmp_path):
+    sequences, split = copy.copy(tiny_data.sequences), tiny_data.split
+    train_end = sequences.indptr[:-1] + 1
+    train_end[7] = split.train_end[7]
+    alone = dataclasses.replace(tiny_data, sequences=sequences, split=dataclasses.replace(split, train_end=train_end))
+    with pytest.raises(ValueError, match="all training windows are of one user"):
+        trainer_of(tiny_config, alone, tmp_path / "run", tmp_path)
+    trainer_of(tiny_config, alone, tmp_path / "run", tmp_path, model_changes={"act_weight": 0.0})
+    sequences.negatives_indptr = np.arange(len(sequences.items) + 1)
+    sequences.negatives = np.zeros(len(sequences.items), np.int32)
+    trainer_of(tiny_config, alone, tmp_path / "run", tmp_path, max_steps=1).train()
+    assert read_log(tmp_path / "run")[0]["act"] > 0
+
+
+def test_evaluation_without_a_target_is_refused(tiny_config, tiny_data, tmp_path):
+    split = dataclasses.replace(tiny_data.split, valid=tiny_data.split.valid[:0])
+    data = dataclasses.replace(tiny_data, split=split)
+    with pytest.raises(ValueError, match=r"training.eval_strategy: got steps.*data.valid_time"):
+        trainer_of(tiny_config, data, tmp_path / "run", tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer_of(tiny_config, data, tmp_path / "run", tmp_path)
 
 
 def test_config_weights():

@@ -182,6 +182,14 @@ class KarmaModel(Recommender):
         """Of u and e."""
         return self.config.embedding_dim
 
+    def training_windows(self, sequences: UserSequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        starts, ends = super().training_windows(sequences, split)
+        if self.loss.wants("act") and sequences.negatives is None and len(np.unique(sequences.user_of(starts))) == 1:
+            raise ValueError("all training windows are of one user, whose targets are never each other's negatives: "
+                             "L_act would be 0; give data of more users or with items shown but not clicked "
+                             "(data.clicked_column), or set model.act_weight 0")
+        return starts, ends
+
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> KarmaCollator:
         """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""

@@ -101,7 +101,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             found = last_checkpoint(folder)
             say(f"going on from {found}" if found else f"{folder} has no complete checkpoint: starting at step 0")
         with explain_memory(args, config.model, folder):
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=resume, overwrite=overwrite)
     if trainer.interrupted:
         say(f"\nstopped at step {trainer.state.global_step}, which is saved in {folder}; the same command with "
             "--resume goes on from there")

@@ -35,6 +35,7 @@ from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_st
 
 LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
+PARTIAL = "partial"  # what it is called while the checkpoint is written or removed
 
 
 @dataclass
@@ -88,10 +89,24 @@ class KarmaTrainingArguments(TrainingArguments):
                              "need a loss scaler")
 
 
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders ``checkpoint-STEP`` in the order of their steps, whoever wrote them."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in Path(folder).glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / COMPLETE).exists()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    return next((p for p in reversed(checkpoints(folder)) if (p / COMPLETE).exists()), None)
+
+
+def mark_partial(checkpoint: Path) -> None:
+    """Says of a checkpoint, before it is written or removed, that it is ours and not whole."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if (checkpoint / COMPLETE).exists():
+        (checkpoint / COMPLETE).replace(checkpoint / PARTIAL)
+    else:
+        (checkpoint / PARTIAL).touch()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -282,13 +297,31 @@ class KarmaTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
         if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)
+            mark_partial(folder)
         self.doing = "checkpoint"
-        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = None  # older ones go when this one is marked
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has written its random states
+        if self.args.should_save:
+            (folder / PARTIAL).replace(folder / COMPLETE)
+            self._remove_older(folder)
         self.doing = "prompts"
-        if self.args.should_save and folder.exists():
-            (folder / COMPLETE).touch()
+
+    def _remove_older(self, newest: Path) -> None:
+        """Removes the oldest complete checkpoints beyond ``save_total_limit``, but neither the newest nor the best."""
+        if (self.args.save_total_limit or 0) <= 0:
+            return
+        found = [p for p in checkpoints(newest.parent) if (p / COMPLETE).exists()]
+        kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        spare = len(found) - max(self.args.save_total_limit, len(kept))
+        for old in [p for p in found if p.name not in kept][:max(0, spare)]:
+            mark_partial(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         missing = [n for n in load_result.missing_keys if n in self.model.trained_names()]
@@ -296,16 +329,30 @@ class KarmaTrainer(Trainer):
             raise ValueError(f"the checkpoint does not fit this model: missing {missing}, unknown "
                              f"{load_result.unexpected_keys}; resume with the config the run was started with")
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
-            resume_from_checkpoint = str(found) if found else None
+    def train(self, resume_from_checkpoint: str | bool | None = None, *, overwrite: bool = False, **kwargs):
+        """Trains to the end, as transformers' Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in ``args.output_dir``;
+                where there is none, training starts at step 0.
+            overwrite: removes the checkpoints in ``args.output_dir`` and starts at step 0.
+
+        Raises ValueError if the folder holds checkpoints and neither is asked for.
+        """
         folder = Path(self.args.output_dir)
+        found = checkpoints(folder)
+        if found and not (resume_from_checkpoint or overwrite):
+            raise ValueError(f"{folder}: holds checkpoints of an earlier run, such as {found[-1].name}; "
+                             "train(resume_from_checkpoint=True) goes on with it, train(overwrite=True) replaces it, "
+                             "and another output_dir keeps it")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(folder)
+        resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else 0
-            for stale in folder.glob("checkpoint-*"):
-                if not resume_from_checkpoint or not (stale / COMPLETE).exists():
+            for stale in found:
+                if (stale / PARTIAL).exists() or (overwrite and not resume_from_checkpoint):
                     shutil.rmtree(stale)
             keep_log(folder / "log.jsonl", step)
         self._since, self.doing = time.perf_counter(), "prompts"
@@ -319,6 +366,10 @@ class KarmaTrainer(Trainer):
             traceback.clear_frames(error.__traceback__)
         self._save_after_out_of_memory(found)
         raise found
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:  # a finished run that is resumed takes no further step
+            super()._run_epoch(*args, **kwargs)
 
     def _save_after_out_of_memory(self, error: OutOfMemory) -> None:
         """A checkpoint of the last complete step, whose successor failed; not while weights were being changed."""

@@ -21,7 +21,16 @@ from karma_fast.data.batches import log_sampling_probability
 from karma_fast.evaluation.evaluate import evaluate_model, protocol
 from karma_fast.model.karma import KarmaModel
 from karma_fast.step import OutOfMemory
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments, keep_log, last_checkpoint, shares
+from karma_fast.trainer import (
+    COMPLETE,
+    KarmaTrainer,
+    KarmaTrainingArguments,
+    checkpoints,
+    keep_log,
+    last_checkpoint,
+    mark_partial,
+    shares,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,6 +150,62 @@ def test_a_tied_language_model_is_saved_and_resumed_whole(tiny_config, tiny_data
     for name, value in whole.model.state_dict().items():  # the tied weight under both of its names
         assert torch.equal(resumed.model.state_dict()[name], value), name
         assert torch.equal(read.state_dict()[name], value), name
+
+
+def test_a_folder_with_checkpoints_is_kept_unless_told_otherwise(tiny_config, tiny_data, tmp_path):
+    def trainer():
+        return trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=3)
+
+    trainer().train()
+    log, held = (tmp_path / "run" / "log.jsonl").read_text(), checkpoints(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: holds checkpoints .*resume_from_checkpoint=True.*overwrite=True"):
+        trainer().train()
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log and checkpoints(tmp_path / "run") == held
+    others = tmp_path / "run" / "checkpoint-1"
+    others.mkdir()
+    (others / "weights.bin").touch()
+    mark_partial(tmp_path / "run" / "checkpoint-9")
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3  # it was finished
+    assert checkpoints(tmp_path / "run") == [others, *held] and (others / "weights.bin").exists()
+    trainer().train(overwrite=True)
+    assert checkpoints(tmp_path / "run") == held
+    assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+
+
+def test_a_kill_while_older_checkpoints_are_removed(tiny_config, tiny_data, tmp_path, monkeypatch):
+    options = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
+    whole = trainer_of(tiny_config, tiny_data, tmp_path / "whole", tmp_path, **options)
+    whole.train()
+    assert [p.name for p in checkpoints(tmp_path / "whole")] == ["checkpoint-6"]
+
+    def killed(folder, **options):
+        assert Path(folder).name == "checkpoint-2"
+        (Path(folder) / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options).train()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert not (tmp_path / "run" / "checkpoint-2" / COMPLETE).exists()
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    theirs = dict(whole.model.named_parameters())
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, theirs[name]), name
+
+
+def test_the_best_and_the_newest_checkpoint_stay(tiny_config, tiny_data, tmp_path, monkeypatch):
+    values = iter([0.1, 0.9, 0.3, 0.2])
+    monkeypatch.setattr("karma_fast.trainer.evaluate_model",
+                        lambda *args: {"HR@10": next(values), "NDCG@10": 0.0, "MRR": 0.0})
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=4, save_steps=1, eval_steps=1,
+                         eval_strategy="steps", save_total_limit=2)
+    trainer.train()
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def group_of_hosts(timeout: timedelta) -> dist.ProcessGroup | None:
+    """All processes, for tensors on the CPU whatever they train on; None for one process. Each must call it."""
+    return dist.new_group(backend="gloo", timeout=timeout) if several() else None
+
+
+def on_any(flag: bool, hosts: dist.ProcessGroup | None) -> bool:
+    """Whether the flag is set on one of the processes, the same answer on each; no GPU is waited for.
+
+    >>> on_any(True, None)
+    True
+    """
+    if hosts is None:
+        return flag
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=hosts)
+    return bool(found)
 
 
 def average_gradients(weights: Sequence[Tensor], bucket: int = 1 << 23) -> None:
@@ -23,7 +46,7 @@ def average_gradients(weights: Sequence[Tensor], bucket: int = 1 << 23) -> None:
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several():
         return
     part: list[Tensor] = []
     for at, weight in enumerate(weights):

@@ -27,6 +27,7 @@ from .step import OutOfMemory, first_line
 from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
+DDP_TIMEOUT = 4 * 3600  # seconds; process 0 ranks all test requests before the first step, for which the others wait
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
 
 
@@ -59,7 +60,8 @@ def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArgument
     """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
     config.training = training_settings(config.training) | {"output_dir": str(folder)}
     defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
-                "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available()}
+                "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
+                "ddp_timeout": DDP_TIMEOUT}
     if torch.cuda.is_available():
         defaults |= gpu_defaults()
     try:

@@ -29,7 +29,7 @@ from .data.schema import Dataset
 from .data.windows import windows_of_pairs
 from .evaluation.evaluate import evaluate_model
 from .model.recommender import Recommender
-from .processes import average_gradients
+from .processes import average_gradients, group_of_hosts, on_any
 from .rates import rate_factor
 from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
 
@@ -158,7 +158,8 @@ class KarmaTrainer(Trainer):
 
     Writes ``log.jsonl`` (a line each logging step and each evaluation) and checkpoints into ``args.output_dir``.
     ``train(resume_from_checkpoint=True)`` goes on from the last complete checkpoint as if nothing had happened. Ctrl-C
-    saves one after the current step; a second Ctrl-C stops at once.
+    saves one after the current step; a second Ctrl-C stops at once. Of several processes one that got the signal stops
+    all.
     """
 
     def __init__(self, model: Recommender, args: KarmaTrainingArguments, data: Dataset, callbacks=None) -> None:
@@ -194,6 +195,7 @@ class KarmaTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("DeepSpeed and FSDP cannot train this model; several processes each hold the whole "
                              "(4-bit) model, as with torchrun")
+        self.hosts = group_of_hosts(args.ddp_timeout_delta)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.doing = "prompts"  # what runs out of memory, where `backward` does not say it
         self._sums: dict[str, float | Tensor] = defaultdict(float)
@@ -355,6 +357,8 @@ class KarmaTrainer(Trainer):
                 if (stale / PARTIAL).exists() or (overwrite and not resume_from_checkpoint):
                     shutil.rmtree(stale)
             keep_log(folder / "log.jsonl", step)
+        if self.hosts is not None:  # process 0 may come hours later, and other groups may wait for less
+            torch.distributed.barrier(self.hosts)
         self._since, self.doing = time.perf_counter(), "prompts"
         try:
             with self._stop_on_interrupt():
@@ -390,10 +394,13 @@ class KarmaTrainer(Trainer):
             yield
             return
 
+        again = False  # `interrupted` may come from another process
+
         def stop(signum, frame):
-            if self.interrupted:
+            nonlocal again
+            if again:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            again = self.interrupted = True
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
         before = signal.signal(signal.SIGINT, stop)
@@ -438,7 +445,8 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.remember(args, state, control)
-        if self.trainer.interrupted:
+        if on_any(self.trainer.interrupted, self.trainer.hosts):
+            self.trainer.interrupted = True
             control.should_save = control.should_training_stop = True
         return control
 

@@ -132,6 +132,14 @@ def test_auto_chunks_and_the_prediction_know_the_card(tiny_config, tiny_data, tm
     assert predicted == [(7, 5)]
 
 
+def test_processes_wait_for_the_first_ranking(tiny_config, tmp_path):
+    from karma_fast.run_setup import training_arguments
+
+    assert training_arguments(tiny_config, tmp_path).ddp_timeout == 4 * 3600
+    tiny_config.training["ddp_timeout"] = 60
+    assert training_arguments(tiny_config, tmp_path).ddp_timeout == 60
+
+
 def test_plan_says_what_fits(tmp_path):
     config = tmp_path / "shop.yaml"
     config.write_text("model: {backbone: smollm2-135m-instruct, positions: last}\ntraining: {chunk_size: 4}\n")

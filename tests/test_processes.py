@@ -1,4 +1,4 @@
-"""Two processes with half of the batch each give the gradients of one process with the whole, for the whole loss."""
+"""Two processes with half of the batch each give the gradients of one with the whole, and stop together."""
 
 import os
 import subprocess
@@ -65,14 +65,54 @@ trainer.train()
 if rank == 0:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, folder / f"out-{processes}.pt")
 """
+INTERRUPTED = COMMON + """
+import os, signal, time
+from transformers import Trainer, TrainerCallback
+from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 
-def run_with(processes: int, worker: str, folder: Path) -> dict[str, torch.Tensor]:
+class Signals(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if rank == 1 and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_save(self, args, state, control, **kwargs):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)  # its first, so it must not stop at once
+            found["whole"] = (folder / "run" / "checkpoint-2" / "rng_state_1.pth").exists()
+
+
+def train(self, train=Trainer.train, **options):
+    found["entered"] = time.time()
+    return train(self, **options)
+
+
+Trainer.train = train
+args = KarmaTrainingArguments(output_dir=folder / "run", max_steps=20, per_device_train_batch_size=3, save_steps=50,
+                              disable_tqdm=True, use_cpu=True)
+trainer, found = KarmaTrainer(model, args, data, [Signals()]), {}
+save = trainer._save_rng_state
+if rank == 1:
+    trainer._save_rng_state = lambda folder: time.sleep(1) or save(folder)
+else:
+    time.sleep(1)  # as if it had ranked requests
+found["called"] = time.time()
+trainer.train()
+found |= {"step": trainer.state.global_step, "interrupted": trainer.interrupted}
+every = [None, None]
+dist.all_gather_object(every, found)
+if rank == 0:
+    torch.save(every, folder / "out-2.pt")
+"""
+
+
+def run_with(processes: int, worker: str, folder: Path):
+    """What the worker's first process saved."""
     (folder / "worker.py").write_text(worker)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([sys.executable, *launch, "worker.py", str(folder), str(processes)], cwd=folder,
-                          env=environment, capture_output=True, text=True)
+                          env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / f"out-{processes}.pt", weights_only=True)
 
@@ -97,3 +137,13 @@ def test_training_does_not_depend_on_processes_and_chunks(tiny_config, tiny_data
     one, two = (run_with(processes, TRAINING, tmp_path) for processes in (1, 2))
     for name, weight in one.items():
         assert (two[name] - weight).norm() <= 1e-3 * weight.norm() + 1e-9, name
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_config, tiny_dataset, tmp_path):
+    prepare(tiny_config, tiny_dataset, tmp_path)
+    first, second = run_with(2, INTERRUPTED, tmp_path)
+    assert first["step"] == second["step"] == 2 and first["interrupted"] and second["interrupted"]
+    held = {p.name for p in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    assert {"complete", "rng_state_0.pth", "optimizer.pt"} <= held and "partial" not in held
+    assert first["whole"]  # it was not complete before the other had written its part
+    assert second["entered"] >= first["called"]  # no collective of the training waited for the late one

@@ -295,7 +295,8 @@ class KarmaTrainer(Trainer):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        self.model.save_weights(Path(output_dir or self.args.output_dir))
+        if self.args.should_save:  # every process is asked
+            self.model.save_weights(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

@@ -230,8 +230,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     plan.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="settings and data; without it, stated "
                       "assumptions are made about the data")
     plan.add_argument("--model", metavar="M", help="local folder, hub id or known name (model.backbone)")
-    plan.add_argument("--gpu-memory", metavar="12GB", help="memory of the GPU; GB are 10^9 bytes, GiB 2^30, of a "
-                      "GPU with bfloat16 (default: the first GPU here, as it is)")
+    plan.add_argument("--gpu-memory", metavar="12GB", help="memory of a GPU, taken to have bfloat16; GB are 10^9 "
+                      "bytes, GiB 2^30 (default: the first GPU here, with its own compute capability)")
     plan.add_argument("--batch-size", type=whole, metavar="PAIRS",
                       help="query-target pairs that compete in a step on one GPU (training.batch_size)")
     plan.add_argument("--chunk-size", type=whole, metavar="WINDOWS",

@@ -300,15 +300,10 @@ class KarmaTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
         if self.args.should_save:
             mark_partial(folder)
         self.doing = "checkpoint"
-        self.args.save_total_limit = None  # older ones go when this one is marked
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its random states
         if self.args.should_save:
             (folder / PARTIAL).replace(folder / COMPLETE)
@@ -316,12 +311,12 @@ class KarmaTrainer(Trainer):
         self.doing = "prompts"
 
     def _remove_older(self, newest: Path) -> None:
-        """Removes the oldest complete checkpoints beyond ``save_total_limit``, but neither the newest nor the best."""
-        if (self.args.save_total_limit or 0) <= 0:
+        """Removes the oldest complete checkpoints beyond the limit, but neither the newest nor the best."""
+        if self.limit <= 0:
             return
         found = [p for p in checkpoints(newest.parent) if (p / COMPLETE).exists()]
         kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
-        spare = len(found) - max(self.args.save_total_limit, len(kept))
+        spare = len(found) - max(self.limit, len(kept))
         for old in [p for p in found if p.name not in kept][:max(0, spare)]:
             mark_partial(old)
             shutil.rmtree(old, ignore_errors=True)
@@ -337,10 +332,11 @@ class KarmaTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in ``args.output_dir``;
-                where there is none, training starts at step 0.
+                where there is none, training starts at step 0. Later checkpoints of the folder are removed.
             overwrite: removes the checkpoints in ``args.output_dir`` and starts at step 0.
 
-        Raises ValueError if the folder holds checkpoints and neither is asked for.
+        Raises ValueError if the folder holds checkpoints and neither is asked for, or the one that is named was not
+        written to its end.
         """
         folder = Path(self.args.output_dir)
         found = checkpoints(folder)
@@ -350,17 +346,24 @@ class KarmaTrainer(Trainer):
                              "and another output_dir keeps it")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(folder)
+        elif resume_from_checkpoint and (Path(resume_from_checkpoint) / PARTIAL).exists():
+            raise ValueError(f"{resume_from_checkpoint}: was not written to its end; "
+                             "train(resume_from_checkpoint=True) takes the last complete checkpoint")
         resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else 0
             for stale in found:
-                if (stale / PARTIAL).exists() or (overwrite and not resume_from_checkpoint):
+                left = (stale / COMPLETE).exists() and int(stale.name.rpartition("-")[2]) > step  # another branch
+                if (stale / PARTIAL).exists() or (left if resume_from_checkpoint else overwrite):
+                    mark_partial(stale)
                     shutil.rmtree(stale)
             keep_log(folder / "log.jsonl", step)
         if self.hosts is not None:  # process 0 may come hours later, and other groups may wait for less
             torch.distributed.barrier(self.hosts)
-        self._since, self.doing = time.perf_counter(), "prompts"
+        self._since, self.doing, self.interrupted = time.perf_counter(), "prompts", False
+        # `_remove_older` keeps to it; transformers would remove what is not marked, and the newest at the end
+        self.limit, self.args.save_total_limit = self.args.save_total_limit or 0, None
         try:
             with self._stop_on_interrupt():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -369,6 +372,8 @@ class KarmaTrainer(Trainer):
                 raise
             found = error if isinstance(error, OutOfMemory) else OutOfMemory(self.doing, first_line(error))
             traceback.clear_frames(error.__traceback__)
+        finally:
+            self.args.save_total_limit = self.limit or None
         self._save_after_out_of_memory(found)
         raise found
 

@@ -169,6 +169,9 @@ def test_a_folder_with_checkpoints_is_kept_unless_told_otherwise(tiny_config, ti
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3  # it was finished
     assert checkpoints(tmp_path / "run") == [others, *held] and (others / "weights.bin").exists()
+    mark_partial(tmp_path / "run" / "checkpoint-9")
+    with pytest.raises(ValueError, match="checkpoint-9: was not written to its end"):
+        trainer().train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-9")
     trainer().train(overwrite=True)
     assert checkpoints(tmp_path / "run") == held
     assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2, 3]
@@ -206,6 +209,32 @@ def test_the_best_and_the_newest_checkpoint_stay(tiny_config, tiny_data, tmp_pat
                          eval_strategy="steps", save_total_limit=2)
     trainer.train()
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_limit_of_one_keeps_where_a_run_stopped_beside_its_best(tiny_config, tiny_data, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    values = iter([0.9, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
+    monkeypatch.setattr("karma_fast.trainer.evaluate_model",
+                        lambda *args: {"HR@10": next(values), "NDCG@10": 0.0, "MRR": 0.0})
+    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "save_total_limit": 1}
+    interrupt = Interrupt()
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [interrupt], **options)
+    trainer.train()
+    assert trainer.interrupted and trainer.args.save_total_limit == 1
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-3"]
+    trainer.remove_callback(interrupt)
+    trainer.train(resume_from_checkpoint=True)  # by the same trainer
+    assert not trainer.interrupted and trainer.state.global_step == 4
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-4"]
+    again = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, **options | {"save_strategy": "no"})
+    again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]  # what came after it is of no run now
 
 
 def test_ctrl_c_saves_and_stops(tiny_config, tiny_data, tmp_path):

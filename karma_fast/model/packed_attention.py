@@ -74,7 +74,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, windo
     """The same by torch's scaled_dot_product_attention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if window is None else hidden(q.shape[2], window, q.device, q.dtype)
-    if q.is_cuda and q.shape[1] != k.shape[1]:  # without bfloat16 or with a mask, torch would write the scores out
+    shared = q.shape[1] != k.shape[1]
+    if shared and q.is_cuda and (mask is not None or q.dtype == torch.float32):  # torch would write the scores out
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling,
                                           enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -153,6 +153,9 @@ def test_plan_says_what_fits(tmp_path):
     found = json.loads(karma("plan", "--model", "qwen2.5-7b", "--gpu-memory", "1GB", "--chunk-size", "1", "--json",
                              folder=tmp_path, code=1)[0])
     assert not found["fits"] and found["parts"]["frozen weights"] > 3e9
+    _, error = karma("plan", "shop.yaml", "--gpu-memory", "4GB", "--model.quantization", "8bit", folder=tmp_path,
+                     code=2)
+    assert "could not be predicted" in error and "training.chunk_size" in error and "Traceback" not in error
 
 
 def test_help_names_commands_settings_and_exit_codes(tmp_path):

@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> int:
     set_up_process()
     from ..model.backbone import default_device
     from ..planning import capability_of, plan_memory, propose
+    from ..run_setup import UNPLANNED_CHUNK, unpredicted
 
     config.training |= {"batch_size": args.batch_size} if args.batch_size else {}
     data = None
@@ -41,11 +42,18 @@ def main(args: argparse.Namespace) -> int:
     known = {"data": data, "optimiser": optimiser}
     if args.gpu_memory is None:  # this machine's GPU is meant
         known["capability"] = capability_of(default_device())
-    if chunk_size == "auto" and budget is not None:
-        plan = propose(config.model, budget, batch_size, **known)
-    else:
-        plan = plan_memory(config.model, batch_size=batch_size,
-                           chunk_size=None if chunk_size == "auto" else chunk_size, **known)
+    try:
+        if chunk_size == "auto" and budget is not None:
+            plan = propose(config.model, budget, batch_size, **known)
+        else:
+            plan = plan_memory(config.model, batch_size=batch_size,
+                               chunk_size=None if chunk_size == "auto" else chunk_size, **known)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model that the simulation does not know
+        raise ConfigError(f"this run's memory {unpredicted(error)}; another model.quantization or model.attention may "
+                          f"be known, and training reads {UNPLANNED_CHUNK} windows at once unless "
+                          "training.chunk_size is set") from error
     fits = None if budget is None else plan.fits(budget)
     if args.json:
         print(json.dumps(plan.to_dict() | {"budget_bytes": budget, "fits": fits}, indent=1))

@@ -106,7 +106,9 @@ def test_dropout_is_replayed_bit_for_bit(tiny_config, tiny_data, tmp_path, in_fl
     torch.manual_seed(5)
     backward(model, batch)
     assert torch.equal(torch.rand(3), after)  # and what comes next draws what it would have drawn
-    assert_same(taken(model), expected, tolerance=1e-5)  # chunks are added up in another order
+    found, gain = taken(model), "shortcut.gain"
+    assert_same({gain: found.pop(gain)}, {gain: expected[gain]}, tolerance=1e-5)  # one number, in which sums cancel
+    assert_same(found, {n: g for n, g in expected.items() if n != gain}, tolerance=1e-6)
     for chunk in batch.prompts[:-1]:
         first, second = (u for part, (u, _) in seen if part is chunk)
         assert torch.equal(first, second)

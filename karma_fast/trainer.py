@@ -89,10 +89,18 @@ class KarmaTrainingArguments(TrainingArguments):
                              "need a loss scaler")
 
 
+def step_of(checkpoint: str | Path) -> int:
+    """
+    >>> step_of("runs/demo/checkpoint-60")
+    60
+    """
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """The folders ``checkpoint-STEP`` in the order of their steps, whoever wrote them."""
-    steps = {p: p.name.removeprefix("checkpoint-") for p in Path(folder).glob("checkpoint-*") if p.is_dir()}
-    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
+    found = (p for p in Path(folder).glob("checkpoint-*") if p.is_dir())
+    return sorted((p for p in found if p.name.removeprefix("checkpoint-").isdecimal()), key=step_of)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -352,9 +360,9 @@ class KarmaTrainer(Trainer):
         resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
-            step = int(Path(resume_from_checkpoint).name.rpartition("-")[2]) if resume_from_checkpoint else 0
+            step = step_of(resume_from_checkpoint) if resume_from_checkpoint else 0
             for stale in found:
-                left = (stale / COMPLETE).exists() and int(stale.name.rpartition("-")[2]) > step  # another branch
+                left = (stale / COMPLETE).exists() and step_of(stale) > step  # of another branch
                 if (stale / PARTIAL).exists() or (left if resume_from_checkpoint else overwrite):
                     mark_partial(stale)
                     shutil.rmtree(stale)

@@ -500,3 +500,12 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
     np.savez(files["C", 0], positions=np.arange(1, 51), masked=np.zeros(50))
     with pytest.raises(ConfigError, match="different requests"):
         compare(records, files, ["masked"])
+
+
+def test_lists_of_numbers_take_one_line_of_a_results_file():
+    from benchmarks.quality.results import to_json
+
+    values = {"map": [[0.5, 1], [-1e-7, 2e20]], "labels": ["1", "2, 3"], "none": []}
+    text = to_json(values)
+    assert json.loads(text) == values
+    assert "\n  [0.5, 1],\n" in text and "\n  [-1e-07, 2e+20]\n" in text and '  "1",\n' in text

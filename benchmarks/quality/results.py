@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,13 @@ class Results:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.values, indent=1) + "\n")
+        write_atomically(self.path, to_json(self.values))
+
+
+def to_json(values: Any) -> str:
+    """Indented, but with every list of numbers in one line."""
+    lists = re.compile(r"\[\s+([-+.\deE]+(?:,\s+[-+.\deE]+)*)\s+\]")
+    return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(values, indent=1)) + "\n"
 
 
 def save_ranks(path: Path, requests: Requests, ranks: dict[str, Ranks]) -> None:

@@ -23,7 +23,7 @@ from .data.schema import Dataset
 from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
-from .step import OutOfMemory, first_line
+from .step import OutOfMemory
 from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
@@ -87,7 +87,7 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
     budget: bytes; default what is free on the GPU. Without a GPU, all of a batch is read at once. Where the memory
     cannot be predicted, ``UNPLANNED_CHUNK`` windows are.
     """
-    from .planning import capability_of, propose
+    from .planning import Unpredicted, capability_of, propose
     from .planning.plan import CUDA_CONTEXT
 
     if args.chunk_size != "auto":
@@ -106,12 +106,10 @@ def fit_to_gpu(args: KarmaTrainingArguments, config: ModelConfig, data: Dataset,
     try:
         plan = propose(config, budget, windows, data=data, optimiser=args.optim.value,
                        capability=capability_of(args.device))
-    except ConfigError:
-        raise
-    except Exception as error:  # a model that the simulation does not know trains all the same
+    except Unpredicted as error:
         args.chunk_size = UNPLANNED_CHUNK
-        say(f"this run's memory {unpredicted(error)}; {UNPLANNED_CHUNK} windows are read at once, and if they do not "
-            "fit, set training.chunk_size lower")
+        say(f"{error}; {UNPLANNED_CHUNK} windows are read at once, and if they do not fit, set training.chunk_size "
+            "lower")
         return config
     args.chunk_size = plan.chunk_size
     if not plan.fits(budget):
@@ -257,7 +255,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
 
 def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
     """What `karma-fast plan` says of this run, as part of a line."""
-    from .planning import capability_of, plan_memory
+    from .planning import Unpredicted, capability_of, plan_memory
 
     args, model = trainer.args, trainer.model
     if model.config.recipe != "karma":
@@ -267,11 +265,7 @@ def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:
             plan = plan_memory(model.config, batch_size=args.train_batch_size, chunk_size=args.chunk_size,
                                device_type=args.device.type, data=data, tokenizer=model.tokenizer,
                                optimiser=args.optim.value, capability=capability_of(args.device))
-    except Exception as error:  # a model that the simulation does not know trains all the same
-        return f"its memory {unpredicted(error)}"
+    except Unpredicted as error:
+        return str(error)
     where = "of the GPU" if args.device.type == "cuda" else "of tensors, beside the program itself"
     return f"predicted: at most about {plan.peak / 1e9:.1f} GB {where}"
-
-
-def unpredicted(error: Exception) -> str:
-    return f"could not be predicted ({type(error).__name__}: {first_line(error)[:80]})"

@@ -84,17 +84,23 @@ def test_auto_chunks_are_what_fits_the_gpu(tiny_config, tiny_data, tmp_path):
 
 
 def test_auto_chunks_where_nothing_is_predicted(tiny_config, tiny_data, tmp_path, monkeypatch):
-    from karma_fast.run_setup import UNPLANNED_CHUNK, fit_to_gpu, training_arguments
+    from karma_fast.planning import Unpredicted, plan_memory
+    from karma_fast.run_setup import UNPLANNED_CHUNK, fit_to_gpu, predicted_memory, training_arguments
 
     def unknown(*args, **options):
-        raise NotImplementedError  # without a message
+        raise NotImplementedError  # without a message, from within the simulation
 
     tiny_config.training |= {"chunk_size": "auto", "use_cpu": True}
     args, said = training_arguments(tiny_config, tmp_path), []
-    monkeypatch.setattr("karma_fast.planning.propose", unknown)
+    monkeypatch.setattr("karma_fast.planning.plan.simulated_model", unknown)
     assert fit_to_gpu(args, tiny_config.model, tiny_data, said.append, budget=10**12) == tiny_config.model
     assert args.chunk_size == UNPLANNED_CHUNK and len(said) == 1
     assert "NotImplementedError" in said[0] and "training.chunk_size" in said[0]
+    model = SimpleNamespace(config=tiny_config.model, tokenizer=None)
+    found = predicted_memory(SimpleNamespace(args=args, model=model), tiny_data)
+    assert "could not be predicted (NotImplementedError" in found
+    with pytest.raises(Unpredicted, match="NotImplementedError"):
+        plan_memory(tiny_config.model)
     monkeypatch.undo()
     args.chunk_size = "auto"
     with pytest.raises(ConfigError, match="backbone"):  # what training could not read either

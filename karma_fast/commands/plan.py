@@ -28,8 +28,8 @@ def main(args: argparse.Namespace) -> int:
     budget = gpu_memory(args.gpu_memory)
     set_up_process()
     from ..model.backbone import default_device
-    from ..planning import capability_of, plan_memory, propose
-    from ..run_setup import UNPLANNED_CHUNK, unpredicted
+    from ..planning import Unpredicted, capability_of, plan_memory, propose
+    from ..run_setup import UNPLANNED_CHUNK
 
     config.training |= {"batch_size": args.batch_size} if args.batch_size else {}
     data = None
@@ -48,12 +48,9 @@ def main(args: argparse.Namespace) -> int:
         else:
             plan = plan_memory(config.model, batch_size=batch_size,
                                chunk_size=None if chunk_size == "auto" else chunk_size, **known)
-    except ConfigError:
-        raise
-    except Exception as error:  # a model that the simulation does not know
-        raise ConfigError(f"this run's memory {unpredicted(error)}; another model.quantization or model.attention may "
-                          f"be known, and training reads {UNPLANNED_CHUNK} windows at once unless "
-                          "training.chunk_size is set") from error
+    except Unpredicted as error:
+        raise ConfigError(f"{error}; another model.quantization or model.attention may be known, and training reads "
+                          f"{UNPLANNED_CHUNK} windows at once unless training.chunk_size is set") from error
     fits = None if budget is None else plan.fits(budget)
     if args.json:
         print(json.dumps(plan.to_dict() | {"budget_bytes": budget, "fits": fits}, indent=1))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import KarmaConfig
+from ..config import ConfigError, KarmaConfig
 from ..data.schema import Dataset
 from ..data.windows import negatives_of
 from ..model.backbone import decoder_layers
+from ..step import first_line
 from .build import LAYERS, depth, simulated_model, weight_bytes
 from .gpu import ASSUMED_CAPABILITY, has_bfloat16
 from .optimiser import state_bytes
@@ -30,6 +32,22 @@ if TYPE_CHECKING:
 # Assumed, not simulated: what a process takes on a GPU outside torch's allocator (context, kernels, libraries), the
 # allocator's workspaces for cuBLAS, and its loss by cutting, as a share of what is in use
 CUDA_CONTEXT, CUBLAS, FRAGMENTS = 500 << 20, 32 << 20, 0.04
+
+
+class Unpredicted(ConfigError):
+    """The simulation does not know the model, which may train all the same."""
+
+
+@contextlib.contextmanager
+def known_alone() -> Iterator[None]:
+    """Of a simulation: whatever goes wrong in it is Unpredicted, but for settings that are wrong themselves."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise Unpredicted("the memory of this run could not be predicted "
+                          f"({type(error).__name__}: {first_line(error)[:80]})") from error
 
 
 @dataclass
@@ -64,6 +82,7 @@ class MemoryPlan:
         return {"peak_bytes": self.peak, **dataclasses.asdict(self)}
 
 
+@known_alone()
 def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | None = None, device_type: str = "cuda",
                 data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused",
                 capability: tuple[int, int] = ASSUMED_CAPABILITY) -> MemoryPlan:
@@ -82,7 +101,8 @@ def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | 
         optimiser: as in the training setting ``optim``.
         capability: the GPU's compute capability; before 8.0 there is no bfloat16, and numbers take twice the bytes.
 
-    Raises ConfigError for a backbone whose configuration cannot be read.
+    Raises ConfigError for a backbone whose configuration cannot be read, and its subclass Unpredicted for a model that
+    the simulation does not know.
 
     Example:
         >>> config = KarmaConfig(backbone="smollm2-135m-instruct", quantization="none", decode_weight=0.0)

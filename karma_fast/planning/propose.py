@@ -9,12 +9,13 @@ from typing import Any
 from ..config import KarmaConfig
 from ..data.schema import Dataset
 from .gpu import ASSUMED_CAPABILITY
-from .plan import MemoryPlan, Planner
+from .plan import MemoryPlan, Planner, known_alone
 
 FEW = 4  # windows at once; with fewer the hardware idles, and recomputing layers is the better choice
 SIZES = sorted({round(base * 2**power) for power in range(17) for base in (1, 1.25, 1.5, 1.75)})
 
 
+@known_alone()
 def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_type: str = "cuda",
             data: Dataset | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused",
             capability: tuple[int, int] = ASSUMED_CAPABILITY) -> MemoryPlan:
@@ -23,7 +24,7 @@ def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_t
     If nothing fits, the smallest plan, which then does not fit either; its ``changes`` say what else would help. The
     other arguments are those of `plan_memory`.
 
-    Raises ConfigError for a backbone whose configuration cannot be read.
+    Raises what `plan_memory` raises.
 
     Example:
         >>> plan = propose(KarmaConfig(backbone="qwen2.5-1.5b"), 8 * 10**9, 64)  # doctest: +SKIP

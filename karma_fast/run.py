@@ -21,7 +21,7 @@ from .config import RunConfig
 from .data import DataError, check, load_dataset
 from .data.batches import KarmaCollator, request
 from .data.schema import Dataset
-from .evaluation import seen_before, target_ranks, top_k
+from .evaluation import held_out_ranks, seen_before, top_k
 from .evaluation.attention import attention_map
 from .evaluation.decoding import decoding_check
 from .evaluation.evaluate import encode_requests, evaluate_model, protocol
@@ -169,9 +169,9 @@ def attention_of(model: Recommender, data: Dataset, position: int) -> tuple[list
 def examples_of(model: Recommender, data: Dataset, positions: np.ndarray, u) -> list[dict[str, Any]]:
     """What examples.json holds: requests with history, target, the five best items and the decoded embedding."""
     items, sequences, vectors = data.items, data.sequences, model.encode_items()
-    targets, seen = sequences.items[positions].astype(np.int64), seen_before(sequences, positions)
-    scores, best = top_k(u, vectors, 5, seen=seen)
-    ranks = target_ranks(u, vectors, targets, seen=seen).expected
+    targets = sequences.items[positions].astype(np.int64)
+    scores, best = top_k(u, vectors, 5, seen=seen_before(sequences, positions))
+    ranks = held_out_ranks(sequences, positions, u, vectors).expected
     out = []
     texts = [None] * len(u) if model.decode_projection is None else model.decode(u)
     for n, (position, text) in enumerate(zip(positions, texts, strict=True)):

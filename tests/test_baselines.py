@@ -12,10 +12,11 @@ from scipy import sparse
 
 from karma_fast.baselines import BASELINES, baseline_rows
 from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
-from karma_fast.baselines.rows import DEFAULT, request_scorer
+from karma_fast.baselines.rows import DEFAULT, rank_requests, request_scorer
 from karma_fast.baselines.scorers import item_knn, popularity, tf_idf, transitions
 from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.evaluation.csr import seen_before
+from karma_fast.evaluation.held_out import held_out_ranks, seen_rule
 
 TITLES = ["Red shoe", "blue SHOE, blue", "", "tea (1995)", "green tea", "Red tea pot", "shoe"]
 TEXTS = [f"{title} | {kind}" for title, kind in zip(TITLES, ["shoes", "shoes", "", "food", "food", "home", "shoes"],
@@ -107,6 +108,35 @@ def test_seen_before():
     data = dataset([[0, 1, 2], [5, 5, 6, 3]])
     indptr, items = seen_before(data.sequences, np.array([6, 0, 2, 4]))
     assert indptr.tolist() == [0, 3, 3, 5, 6] and items.tolist() == [5, 5, 6, 0, 1, 5]
+
+
+@given(histories)
+@settings(max_examples=30, deadline=None)
+def test_chosen_before_equals_loops(lists):
+    sequences = dataset(lists).sequences
+    positions = np.arange(len(sequences.items))[::-1]
+    wanted = [item in part[:at] for part in lists for at, item in enumerate(part)][::-1]
+    assert sequences.chosen_before(positions).tolist() == wanted
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_target_chosen_before_is_no_hit_among_unseen_items(masked):
+    data = dataset([[0, 1, 2, 0], [3, 4, 5, 6], [1, 2, 6, 1]])  # users 0 and 2 come back to an item
+    one_hot = sparse.identity(7, dtype=np.float32).tocsr()
+    near = np.stack([one_hot[data.sequences.history(p, 9)].toarray().sum(axis=0) for p in data.split.test])
+    vectors = np.eye(7, dtype=np.float32)  # scores mark the history and nothing else
+    ranks = [held_out_ranks(data.sequences, data.split.test, near.astype(np.float32), vectors, mask_seen=masked),
+             rank_requests(data, data.split.test, lambda p: near.astype(np.float32), mask_seen=masked)]
+    for found in ranks:
+        wanted = [4.0, 1.5, 4.0] if masked else [1.0, 4.5, 1.0]
+        assert found.expected.tolist() == wanted and found.candidates.tolist() == ([5, 4, 5] if masked else [7] * 3)
+        assert found.ties.tolist() == ([0, 3, 0] if masked else [2, 3, 2])
+    limited = held_out_ranks(data.sequences, data.split.test, near.astype(np.float32), vectors, mask_seen=masked,
+                             largest_k=2)
+    assert limited.greater.tolist() == ([2, 0, 2] if masked else [0, 2, 0])
+    assert seen_rule(data.sequences, data.split.test, masked) == (
+        "seen items left out (2 targets chosen before count as missed)" if masked else "seen items kept")
+    assert seen_rule(data.sequences, data.split.test[1:2], True) == "seen items left out"
 
 
 def test_rows():

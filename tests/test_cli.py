@@ -427,6 +427,10 @@ def test_evaluate(here, capsys):
     assert found["protocol"] == recorded["protocol"]
     for name in ("popularity", "item_knn", "title_tfidf", "karma"):
         assert found["rows"][name]["HR@10"] == pytest.approx(recorded["rows"][name]["HR@10"], abs=0.04)
+    assert main(["evaluate", "runs/tiny", "--json", "--unmasked"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    assert "seen items kept" in kept["protocol"] and "seen items left out" in found["protocol"]
+    assert kept["rows"]["karma"] != found["rows"]["karma"]
     assert main(["evaluate", "runs/none"]) == 1
     assert "no model there" in capsys.readouterr().err
 

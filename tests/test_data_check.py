@@ -37,6 +37,13 @@ def test_counts(tmp_path):
     assert json.loads(json.dumps(report.to_dict()))["counts"]["clicks"] == 6
 
 
+def test_targets_that_were_chosen_before_are_counted_and_named(tmp_path):
+    clicks = "user,item,ts\nu,a,1\nu,b,2\nu,c,3\nu,a,4\nv,a,1\nv,b,2\nv,c,3\n"
+    report = check(files(tmp_path, clicks, ITEMS))
+    assert report.ok and report.counts["test targets chosen before"] == 1
+    assert "1 of 2 test targets" in "\n".join(report.warnings) and "--unmasked" in "\n".join(report.warnings)
+
+
 def test_all_problems_at_once(tmp_path):
     clicks = "user,item,ts\nu,a,1\n,a,2\nu,b,x\nu,q,3\nu,z,4\nu,q,5\nu,a,9\nu,a,10\nu,a,11\n"
     report = check(files(tmp_path, clicks, "id,title\na,\na,B\nb,\n"))

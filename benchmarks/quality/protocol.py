@@ -10,7 +10,7 @@ from torch import Tensor
 
 from karma_fast.data import Dataset
 from karma_fast.data.batches import request
-from karma_fast.evaluation import Ranks, ranking_metrics, seen_before, target_ranks
+from karma_fast.evaluation import Ranks, held_out_ranks, ranking_metrics
 
 from .settings import DataSet
 
@@ -41,8 +41,7 @@ class Requests:
 
     def rank(self, users: Tensor, items: Tensor, masked: bool) -> Ranks:
         """(T, d) users against (N, d) items."""
-        seen = seen_before(self.data.sequences, self.positions) if masked else None
-        return target_ranks(users, items, self.targets, seen=seen)
+        return held_out_ranks(self.data.sequences, self.positions, users, items, mask_seen=masked)
 
     def metrics(self, ranks: Ranks) -> dict[str, dict[str, float]]:
         """part -> metric -> value; parts without a request are left out."""

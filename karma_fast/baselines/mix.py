@@ -192,6 +192,8 @@ def search_metrics(parts: MixParts, positions: np.ndarray, choices: list[MixWeig
         left_out = csr_rows(seen, start, start + size) if mask_seen else None
         for found, scores in zip(ranks, parts.scores(positions[start:start + size], choices), strict=True):
             found.append(rank_scores(scores, targets[start:start + size], left_out))
+    lost = data.sequences.chosen_before(positions) & mask_seen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # counts and texts tie by nature
-        return [ranking_metrics(Ranks.concat(found), (10,), num_items=len(data.items)) for found in ranks]
+        return [ranking_metrics(Ranks.concat(found).missed(lost), (10,), num_items=len(data.items))
+                for found in ranks]

@@ -110,6 +110,8 @@ def rank_requests(dataset: Any, positions: np.ndarray, scorer: RequestScorer, *,
                   progress: str = "") -> Ranks:
     """Ranks of the held-out requests at flat positions by one scorer, some at a time.
 
+    mask_seen as in `karma_fast.evaluation.held_out_ranks`.
+
     Args:
         scorer: gives (R, N) float32 scores for flat positions (R,). progress: the label of a bar; "": none.
     """
@@ -125,4 +127,5 @@ def rank_requests(dataset: Any, positions: np.ndarray, scorer: RequestScorer, *,
     for start in starts:
         left_out = csr_rows(seen, start, start + size) if mask_seen else None
         parts.append(rank_scores(scorer(positions[start:start + size]), targets[start:start + size], left_out))
-    return Ranks.concat(parts)
+    ranks = Ranks.concat(parts)
+    return ranks.missed(dataset.sequences.chosen_before(positions)) if mask_seen else ranks

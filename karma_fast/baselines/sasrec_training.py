@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.windows import training_windows
-from ..evaluation.csr import csr_ranges, seen_before
+from ..evaluation.csr import csr_ranges
+from ..evaluation.held_out import held_out_ranks
 from ..evaluation.metrics import ranking_metrics
-from ..evaluation.ranks import target_ranks
 from .sasrec import SASRec, SASRecConfig
 
 STOP_METRIC = "NDCG@10"
@@ -150,9 +150,7 @@ def validate(model: SASRec, data: Any) -> dict[str, float]:
     if not len(positions):
         return {}
     users = model.user_vectors([data.sequences.history(p, model.config.max_history) for p in positions])
-    ranks = target_ranks(users, model.item_vectors(), data.sequences.items[positions].astype(np.int64),
-                         seen=seen_before(data.sequences, positions), largest_k=10)
-    return ranking_metrics(ranks, (10,))
+    return ranking_metrics(held_out_ranks(data.sequences, positions, users, model.item_vectors(), largest_k=10), (10,))
 
 
 def identity(data: Any, config: SASRecConfig, seed: int) -> dict[str, Any]:

@@ -104,15 +104,14 @@ def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, conf
             rows: dict[str, dict[str, float]], bars: bool) -> dict[str, Any]:
     """Adds SASRec's row, the mean over the seeds, to ``rows``; ``sasrec``: settings, each seed's run, the spread."""
     from ..baselines import train_sasrec
-    from ..evaluation import ranking_metrics, seen_before, target_ranks
+    from ..evaluation import held_out_ranks, ranking_metrics
 
     runs = []
-    seen = seen_before(data.sequences, positions) if args.masked else None
     for seed in seeds:
         folder = Path(args.folder) / f"seed-{seed}" if args.folder else None
         model = train_sasrec(data, config, seed=seed, progress=bars, folder=folder)
         users = model.user_vectors([data.sequences.history(p, config.max_history) for p in positions])
-        ranks = target_ranks(users, model.item_vectors(), data.sequences.items[positions].astype(np.int64), seen=seen)
+        ranks = held_out_ranks(data.sequences, positions, users, model.item_vectors(), mask_seen=args.masked)
         runs.append({**model.facts, "row": ranking_metrics(ranks, num_items=len(data.items))})
     rows["SASRec"] = {name: float(np.mean([run["row"][name] for run in runs])) for name in runs[0]["row"]}
     spread = {name: float(np.std([run["row"][name] for run in runs], ddof=1)) for name in runs[0]["row"]
@@ -122,8 +121,10 @@ def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, conf
 
 def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
     """One line to print beside the table."""
+    from ..evaluation.held_out import seen_rule
+
     return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
-            f"{'seen items left out' if masked else 'seen items kept'}, ties count half; statistics and weights from "
+            f"{seen_rule(data.sequences, positions, masked)}, ties count half; statistics and weights from "
             f"the training part alone, all events before the target are history; {data.split.description}")
 
 

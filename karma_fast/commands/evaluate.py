@@ -23,10 +23,11 @@ def main(args: argparse.Namespace) -> int:
     rows = {}
     if args.baselines:
         names = {"itemknn": "item_knn", "titletfidf": "title_tfidf"}
-        rows = {names.get(key_of(name), name): row for name, row in baseline_rows(data, positions).items()}
+        found = baseline_rows(data, positions, mask_seen=args.masked)
+        rows = {names.get(key_of(name), name): row for name, row in found.items()}
     own = model.config.recipe
-    rows[own] = evaluate_model(model, data, positions, progress=sys.stderr.isatty())
-    line = protocol(data, positions, model.config.max_history)
+    rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=sys.stderr.isatty())
+    line = protocol(data, positions, model.config.max_history, args.masked)
     if args.json:
         print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions)}, indent=1))
         return 0

@@ -148,6 +148,13 @@ def _warn(loaded: Loaded, config: DataConfig, report: Report) -> None:
     report.counts["items never in training"] = int((~seen).sum())
     cold = int((~seen[sequences.items[split.test]]).sum())
     report.counts["test targets never in training"] = cold
+    repeated = int(sequences.chosen_before(split.test).sum())
+    if repeated:
+        report.counts["test targets chosen before"] = repeated
+    if repeated > 0.05 * len(split.test):
+        report.warnings.append(f"{repeated} of {len(split.test)} test targets are items that their users chose "
+                               "before; they count as missed where seen items are left out, as is the default, so "
+                               "look at `karma-fast evaluate --unmasked` and `karma-fast baselines --unmasked` too")
     if cold > 0.1 * len(split.test):
         report.warnings.append(f"{cold} of {len(split.test)} test targets are items that no training event has; only "
                                "their text and vectors speak for them")

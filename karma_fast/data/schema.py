@@ -110,6 +110,20 @@ class Sequences:
                              f"0..{self.indptr[-1] - 1}")
         return np.searchsorted(self.indptr, positions, side="right") - 1
 
+    def chosen_before(self, positions) -> np.ndarray:
+        """(T,) bool: whether the item at each flat position is one that its user had chosen earlier.
+
+        >>> Sequences(np.array(["u"]), np.array([0, 3]), np.array([7, 4, 7], np.int32)).chosen_before([1, 2])
+        array([False,  True])
+        """
+        positions = np.asarray(positions, np.int64)
+        first = self.indptr[self.user_of(positions)]
+        lengths = positions - first
+        row = np.repeat(np.arange(len(positions)), lengths)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
+        same = self.items[place] == self.items[positions][row]
+        return np.bincount(row[same], minlength=len(positions)) > 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of the flat arrays, strings left out."""

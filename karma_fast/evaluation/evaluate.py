@@ -9,9 +9,8 @@ import numpy as np
 
 from ..data.batches import request
 from ..data.schema import Dataset
-from .csr import seen_before
+from .held_out import held_out_ranks, seen_rule
 from .metrics import ranking_metrics
-from .ranks import target_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,18 +31,18 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
     """`ranking_metrics` of the requests whose targets stand at flat ``positions``.
 
     Args:
-        mask_seen: leave out what the user chose before the target. users: their embeddings, if already made.
+        mask_seen: leave out what the user chose before the target; see `held_out_ranks`. users: their embeddings, if
+            already made.
     """
     positions = np.asarray(positions, dtype=np.int64)
     users = encode_requests(model, data, positions, progress) if users is None else users
-    seen = seen_before(data.sequences, positions) if mask_seen else None
-    ranks = target_ranks(users, model.encode_items(), data.sequences.items[positions].astype(np.int64), seen=seen,
-                         progress=progress)
+    ranks = held_out_ranks(data.sequences, positions, users, model.encode_items(), mask_seen=mask_seen,
+                           progress=progress)
     return ranking_metrics(ranks, ks, num_items=len(data.items))
 
 
 def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True) -> str:
     """One line to print beside every number."""
     return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
-            f"{'seen items left out' if mask_seen else 'seen items kept'}, ties count half, the model reads the last "
+            f"{seen_rule(data.sequences, positions, mask_seen)}, ties count half, the model reads the last "
             f"{max_history} items; {data.split.description}")

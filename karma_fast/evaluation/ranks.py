@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,15 @@ class Ranks:
     def expected(self) -> np.ndarray:
         """(T,) float64, mean rank over all orders of the ties, from 0."""
         return self.greater + self.ties / 2
+
+    def missed(self, which: np.ndarray) -> Ranks:
+        """With the last place for the targets in ``which``, (T,) bool, as of items that no list shows.
+
+        >>> Ranks(np.array([0, 2]), np.array([1, 0]), np.array([9, 9])).missed(np.array([True, False])).expected
+        array([8., 2.])
+        """
+        last = self.candidates - 1 if self.largest_k is None else np.minimum(self.candidates - 1, self.largest_k)
+        return replace(self, greater=np.where(which, last, self.greater), ties=np.where(which, 0, self.ties))
 
     @staticmethod
     def concat(parts: list[Ranks]) -> Ranks:

@@ -1,0 +1,38 @@
+"""Ranks of held-out requests: what a user chose before is no candidate, and no hit either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .csr import seen_before
+from .ranks import Ranks, target_ranks
+
+
+def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any, *, mask_seen: bool = True,
+                   **options: Any) -> Ranks:
+    """`target_ranks` of the requests whose targets stand at flat ``positions``.
+
+    Args:
+        sequences: :class:`karma_fast.data.Sequences`.
+        users: (T, D) vectors of the requests. items: (N, D), or a :class:`Catalogue`.
+        mask_seen: leave out what the user chose before the target. A target that was itself chosen before counts as
+            missed then: among unseen items alone whatever is near the history would find it at once, and a list
+            without seen items never shows it.
+        options: of :func:`target_ranks`.
+    """
+    positions = np.asarray(positions, np.int64)
+    targets = sequences.items[positions].astype(np.int64)
+    if not mask_seen:
+        return target_ranks(users, items, targets, **options)
+    ranks = target_ranks(users, items, targets, seen=seen_before(sequences, positions), **options)
+    return ranks.missed(sequences.chosen_before(positions))
+
+
+def seen_rule(sequences: Any, positions: np.ndarray, mask_seen: bool) -> str:
+    """The rule in words, beside a table."""
+    if not mask_seen:
+        return "seen items kept"
+    repeated = int(sequences.chosen_before(positions).sum())
+    return "seen items left out" + (f" ({repeated:,} targets chosen before count as missed)" if repeated else "")

@@ -113,7 +113,8 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     with stage("evaluation", stages):
         after = encode_requests(model, data, positions)
         rows[own] = evaluate_model(model, data, positions, users=after)
-        drawn = np.searchsorted(positions, draw(positions, DECODED, args.seed))
+        of_users = data.sequences.first_of_each(positions)  # a decoding is compared with another user's
+        drawn = np.searchsorted(positions, draw(of_users, DECODED, args.seed))
         decoding = decoding_check(model, after[drawn], data.sequences.items[positions[drawn]])
         examples = examples_of(model, data, shown, after[np.searchsorted(positions, shown)])
         _, map_after = attention_of(model, data, shown[0])
@@ -197,8 +198,9 @@ def summary(metrics: dict[str, Any], examples: list[dict[str, Any]], num_items: 
     if metrics["decoding"]:
         found = metrics["decoding"]
         lines.append(f"Decoding: a held-out target's text costs {found['matched_loss']:.3f} nats a token given its "
-                     f"user's embedding, {found['shuffled_loss']:.3f} given another user's; the own one is better for "
-                     f"{found['share_better']:.0%} of {found['users']} (50% is chance).")
+                     f"user's embedding, {found['shuffled_loss']:.3f} given another user's, {found['mean_loss']:.3f} "
+                     f"given the mean of all; the own one is better than another's for {found['share_better']:.0%} of "
+                     f"{found['users']} users (50% is chance).")
     for example in examples[:PRINTED]:
         lines += ["", f"user {example['user']}: ... {' > '.join(example['history'][-4:])}"]
         if example["query"]:

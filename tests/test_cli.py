@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -252,6 +253,24 @@ def _missing(name):
     raise PackageNotFoundError(name)
 
 
+def test_the_program_is_named_as_this_shell_finds_it(tmp_path, monkeypatch):
+    from karma_fast.commands.common import program
+
+    script = tmp_path / "an env" / "bin" / "karma-fast"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "demo"])
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "karma-fast"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(program()) == [str(script)]
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(program()) == ["an env/bin/karma-fast"]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "karma_fast" / "__main__.py")])
+    assert shlex.split(program()) == [sys.executable, "-m", "karma_fast"]
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +284,7 @@ def test_train_writes_the_whole_run(shop):
     assert 0 < sum(metrics["stage_seconds"].values()) < metrics["seconds"]
     decoding = metrics["decoding"]
     assert decoding["users"] == 30 and 0 <= decoding["share_better"] <= 1 and decoding["matched_loss"] > 0
+    assert decoding["mean_loss"] > 0
     examples = json.loads((run / "examples.json").read_text(encoding="utf-8"))
     assert all(len(e["top"]) == 5 and 1 <= e["target_rank"] <= 40 and isinstance(e["decoded"], str) for e in examples)
     assert not any(entry["title"] in e["history"] for e in examples for entry in e["top"])

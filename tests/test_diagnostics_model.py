@@ -213,6 +213,17 @@ def test_diagnose_gives_json_with_sizes_and_definitions(model, tiny_data):
     assert alone["maps"]["untuned"]["layer 2"] != alone["maps"]["trained"]["layer 2"]
 
 
+def test_requests_are_of_different_users(model, tiny_data):
+    sequences = tiny_data.sequences
+    users = sequences.user_of(np.arange(len(sequences.items)))
+    late = np.flatnonzero(np.arange(len(users)) - sequences.indptr[users] >= 3)[:30]  # several of a user, as by time
+    assert len(np.unique(users[late])) < 15
+    data = dataclasses.replace(tiny_data, split=dataclasses.replace(tiny_data.split, test=late))
+    found = diagnose(model, data, requests=20, attention_requests=4, decoder_steps=0, untuned=False)
+    first = [min(late[users[late] == user]) for user in np.unique(users[late])]
+    assert found["requests"] == len(first) and sequences.first_of_each(late[::-1]).tolist() == first
+
+
 def test_collapsed_interest_shows(model, tiny_data, monkeypatch):
     monkeypatch.setattr(model, "encode_users", lambda histories, *_, **__: torch.full((len(histories), 16), 0.25))
     found = diagnose(model, tiny_data, attention_requests=1, decoder_steps=2)

@@ -446,6 +446,9 @@ def test_decoding_check_sums_up_text_by_text(tiny_config, tiny_data, tmp_path):
     other = held_out_losses(model, u.roll(1, dims=0), targets)
     found = decoding_check(model, u, targets)
     assert found["shuffled_loss"] == pytest.approx(other.mean().item(), rel=1e-5)
+    middle = u.mean(dim=0, keepdim=True)
+    one = held_out_losses(model, (middle / middle.norm() * u.norm(dim=1).mean()).repeat(20, 1), targets)
+    assert found["mean_loss"] == pytest.approx(one.mean().item(), rel=1e-4)
     assert found["share_better"] == pytest.approx((each < other).float().mean().item())
 
 

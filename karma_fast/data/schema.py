@@ -110,6 +110,15 @@ class Sequences:
                              f"0..{self.indptr[-1] - 1}")
         return np.searchsorted(self.indptr, positions, side="right") - 1
 
+    def first_of_each(self, positions) -> np.ndarray:
+        """Of flat positions the first of each user, rising, int64: requests of as many users.
+
+        >>> Sequences(np.array(["u", "v"]), np.array([0, 3, 5]), np.zeros(5, np.int32)).first_of_each([4, 2, 3, 1])
+        array([1, 3])
+        """
+        positions = np.sort(np.asarray(positions, np.int64))
+        return positions[np.unique(self.user_of(positions), return_index=True)[1]]
+
     def chosen_before(self, positions) -> np.ndarray:
         """(T,) bool: whether the item at each flat position is one that its user had chosen earlier.
 

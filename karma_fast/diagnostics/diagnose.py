@@ -81,7 +81,8 @@ def diagnose(model: KarmaModel | PlainModel, data: Dataset, *, requests: int = 1
         raise ValueError(f"split: got {split!r}; test or valid is needed")
     if decoder_steps < 0:
         raise ValueError(f"decoder_steps: got {decoder_steps}; 0 (none) or more is needed")
-    positions = draw(getattr(data.split, split), requests, seed)
+    # of different users, so that another request is another user's
+    positions = draw(data.sequences.first_of_each(getattr(data.split, split)), requests, seed)
     if not len(positions):
         raise DataError(f"the data has no {split} target, so nothing can be measured; see `karma-fast check-data`")
     users = data.sequences.user_of(positions)

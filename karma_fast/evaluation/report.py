@@ -277,6 +277,8 @@ def decoding_blocks(decoding: Any) -> list[Block]:
             "No: the target's text is decoded no better from the user's own embedding than from another user's.")
     rows = [["own embedding (matched)", f"{matched:.3f}"], ["another user's (shuffled)", f"{shuffled:.3f}"],
             ["difference", f"{gap:+.3f}"]]
+    if math.isfinite(mean := number(decoding.get("mean_loss"))):
+        rows.insert(2, ["the mean of all embeddings", f"{mean:.3f}"])
     if math.isfinite(better):
         of = f" of {users:,.0f} users" if math.isfinite(users) else ""
         said += f" The own embedding wins for {100 * better:.0f}%{of}; 50% would be chance."

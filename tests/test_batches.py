@@ -83,6 +83,8 @@ def test_decode_share_and_positions_choose_by_window_alone(tiny_config, tiny_dat
     collate = model.collator(tiny_data.sequences)
     whole, twice = collate(windows), collate(windows)
     assert torch.equal(whole.decode_pairs, twice.decode_pairs) and whole.num_texts == 0.4 * len(windows)
+    pairs = np.minimum(ends - starts - 1, 3)
+    assert pairs.min() < 3 and whole.num_decoded == pytest.approx(0.4 * pairs.sum())
     single = [collate([w]) for w in windows]
     assert sum(len(b.decode_pairs) for b in single) == len(whole.decode_pairs)
     chosen = sum(len(b.decode_pairs) > 0 for b in single) / len(windows)

@@ -432,6 +432,16 @@ def test_adapters_come_back_after_the_decoder_pass(tiny_config, tiny_data, tmp_p
         assert not torch.equal(before, model.encode_users(history))
 
 
+def test_more_decoded_pairs_than_a_window_has_change_nothing(tiny_config, tiny_data, tmp_path):
+    found = []
+    for count in (1, 4):
+        model = build(tiny_config, tiny_data, tmp_path, positions="last", decode_positions=count).eval()
+        with torch.no_grad():
+            found.append(model(batch_of(model, tiny_data)).parts)
+    assert float(found[0].rec) > 0.1
+    torch.testing.assert_close(found[0].rec, found[1].rec, rtol=1e-6, atol=0)
+
+
 def test_decoding_check_sums_up_text_by_text(tiny_config, tiny_data, tmp_path):
     model = build(tiny_config, tiny_data, tmp_path).eval()
     u, targets = model.encode_items(np.arange(20)), np.arange(20)

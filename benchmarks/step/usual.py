@@ -70,7 +70,7 @@ class Collator:
 
     def __call__(self, windows: Iterable[tuple[int, int]]) -> dict:
         events, queries, texts = self.sequences.items, self.sequences.queries, self.prompts.texts
-        batch, targets, windows = defaultdict(list), [], list(windows)
+        batch, targets, decoded, windows = defaultdict(list), [], 0, list(windows)
         for start, end in windows:
             query = "" if queries is None or queries[end - 1] < 0 else self.sequences.query_texts[queries[end - 1]]
             first = start + 1 if self.config.positions == "all" else end - 1  # target of the first pair
@@ -84,13 +84,15 @@ class Collator:
                     batch["decode_pairs"].append(len(targets) + pair)
                     batch["decode_texts"].append(torch.tensor(texts[events[first + pair]]))
             targets += range(first, end)
+            decoded += min(self.config.decode_positions, end - first)
         positives = torch.from_numpy(events[targets].astype(np.int64))
         keys = torch.cat([positives, self.hard_negatives(targets)])
         log_q = None if self.ours.log_q is None else torch.from_numpy(self.ours.log_q)[keys]
         return {**{name: batch[name] for name in ("heads", "histories", "texts", "decode_texts")},
                 "decode_pairs": torch.tensor(batch["decode_pairs"], dtype=torch.int64), "keys": keys,
                 "users": torch.from_numpy(self.sequences.user_of(targets)), "log_q": log_q,
-                "num_texts": len(windows) * self.config.decode_share}
+                "num_texts": len(windows) * self.config.decode_share,
+                "num_decoded": decoded * self.config.decode_share}
 
     def further_pairs(self, start: int, end: int, inner: int) -> list[int]:
         extra = min(self.config.decode_positions - 1, inner)
@@ -156,8 +158,8 @@ class UsualModel(nn.Module):
         self.to(language_model.device)
 
     def forward(self, heads: list[Tensor], histories: list[Tensor], texts: list[Tensor], keys: Tensor, users: Tensor,
-                log_q: Tensor | None, decode_texts: list[Tensor], decode_pairs: Tensor, num_texts: float
-                ) -> dict[str, Tensor]:
+                log_q: Tensor | None, decode_texts: list[Tensor], decode_pairs: Tensor, num_texts: float,
+                num_decoded: float) -> dict[str, Tensor]:
         config = self.config
         rows, labels = self.prompts(heads, histories, texts)
         states, logits = self.read(rows, wants_logits=config.weight("gen") > 0)
@@ -176,7 +178,6 @@ class UsualModel(nn.Module):
             parts["act"] = self.contrastive(u, keys, users, log_q)
         if config.weight("gen") > 0:
             parts["gen"] = text_losses(logits, labels).sum() / num_texts
-        num_decoded = num_texts * config.decode_positions
         if config.weight("rec") > 0 and len(decode_texts):
             parts["rec"] = self.reconstruction(u[decode_pairs], decode_texts).sum() / num_decoded
         if config.weight("vis") > 0 and self.image_head is not None and len(decode_pairs):

@@ -69,7 +69,8 @@ class KarmaBatch(StepBatch):
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
     decode: list[DecodeChunk]  # their target texts, for L_rec
-    num_texts: float  # windows that the text losses look at, in expectation: the divisor of their sums
+    num_texts: float  # windows whose target L_gen writes, in expectation: the divisor of its sum
+    num_decoded: float  # pairs that L_rec and L_vis look at, in expectation: their divisor
     num_tokens: int  # read by the language model; on the host, so that logging needs no sync
 
     def __len__(self) -> int:
@@ -236,6 +237,7 @@ class KarmaCollator:
             prompts, *map(torch.from_numpy, (key_items, key_index, keys, key_users)),
             None if self.log_q is None else torch.from_numpy(self.log_q[keys]), torch.from_numpy(pairs), decode,
             num_texts=len(ends) * self.config.decode_share,
+            num_decoded=float(np.minimum(targets, self.config.decode_positions).sum()) * self.config.decode_share,
             num_tokens=sum(len(chunk.tokens.token_ids) for chunk in [*prompts, *decode]))
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:

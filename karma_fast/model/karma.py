@@ -248,7 +248,7 @@ class KarmaModel(Recommender):
             yield "act", lambda: self.contrastive_loss(u, batch)
         if self.loss.wants("rec"):
             for chunk in batch.decode:
-                yield "rec", lambda c=chunk: self.reconstruction_loss(u[c.pairs], c) / self.num_decoded(batch)
+                yield "rec", lambda c=chunk: self.reconstruction_loss(u[c.pairs], c) / batch.num_decoded
         if self.wants_images(batch):
             yield "vis", lambda: self.image_loss(u, batch)
 
@@ -268,11 +268,7 @@ class KarmaModel(Recommender):
         """L_vis, () float32, of the batch's (P, d_e) embeddings."""
         targets = batch.keys[batch.decode_pairs]
         return image_distance(self.image_head(u[batch.decode_pairs]), self.features.image[targets],
-                              self.features.image_present[targets], self.num_decoded(batch))
-
-    def num_decoded(self, batch: KarmaBatch) -> float:
-        """The divisor of L_rec and L_vis."""
-        return batch.num_texts * self.config.decode_positions
+                              self.features.image_present[targets], batch.num_decoded)
 
     def _text_states(self, embeds: Tensor, chunk: DecodeChunk) -> Tensor:
         """(N, hidden) inputs -> (G, hidden) states that predict the texts' tokens."""

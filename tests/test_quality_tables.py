@@ -57,13 +57,13 @@ def test_main_table_has_means_spreads_and_differences(results):
     assert [line[0] for line in lines] == ["popularity", "A: L_act", "C: L_act + L_rec"]  # in the order of rows
     assert lines[0][head.index("seeds")] == "-" and lines[2][head.index("seeds")] == "2"
     assert lines[0][head.index("HR@10")] == "0.0800" and lines[2][head.index("HR@10")] == "0.1250 ± 0.0071"
-    assert lines[2][head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests)"
-    assert lines[0][head.index("HR@10 against A")] == "-0.0250 ± 0.0100 (seeds)"  # the larger error
+    assert lines[2][head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests and seeds)"
+    assert lines[0][head.index("HR@10 against A")] == "-0.0250 ± 0.0108 (requests and seeds)"
     assert lines[1][head.index("HR@10 against A")] == "-"
     results["records"].append(record("C", 2, 0.01))
     results["comparisons"]["C"]["A, masked"]["HR@10"]["by_seed"] = [0.02, 0.02]
     again = rows_of_table(tables.main_table(results))[4]
-    assert again[head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests, 2 of 3 seeds)"
+    assert again[head.index("HR@10 against A")] == "+0.0200 ± 0.0040 (requests and seeds, 2 of 3 seeds)"
     unmasked = rows_of_table(tables.main_table(results, "unmasked"))
     assert unmasked[2][head.index("HR@10")] == "0.0400" and unmasked[4][head.index("HR@10 against A")] == "-"
 

@@ -31,7 +31,8 @@ DIAGNOSTICS = {"first token receives": "first_received", "history sink": "histor
                "effective rank of u": "u_effective_rank", "mean cosine of u": "u_mean_cosine",
                "perplexity ratio": "perplexity_ratio", "attribute probe of u": "u_attributes_probe_recall@10",
                "of shuffled u": "u_shuffled_attributes_probe_recall@10", "fresh decoder, own u": "decoder_matched",
-               "another's u": "decoder_shuffled", "JS@50": "attributes_js@50"}
+               "another's u": "decoder_shuffled", "the mean u": "decoder_mean", "own u better": "decoder_own_better",
+               "JS@50": "attributes_js@50"}
 
 
 def by_row(results: dict[str, Any]) -> dict[str, list[dict]]:
@@ -67,10 +68,10 @@ def name_of(records: list[dict]) -> str:
 
 
 def against(results: dict, row: str, other: str, variant: str, metric: str = "HR@10") -> str:
-    """Difference to another row with its standard error over requests.
+    """Difference to another row with its standard error over requests and, with several seeds of both, over seeds.
 
-    Several seeds of both also have a standard error over them; the larger of the two is shown, with its kind. Where
-    the row has seeds that the other has not, the entry says how many were set side by side.
+    The two errors are of different causes, so their squares add up (which counts what both vary with twice, on the
+    safe side). Where the row has seeds that the other has not, the entry says how many were set side by side.
     """
     found = results["comparisons"].get(row, {}).get(f"{other}, {variant}")
     if found is None:
@@ -79,7 +80,7 @@ def against(results: dict, row: str, other: str, variant: str, metric: str = "HR
     error, seeds = entry["standard_error"] or 0.0, entry["by_seed"]
     if len(seeds) > 1:
         over_seeds = float(np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
-        error, kind = max((error, "requests"), (over_seeds, "seeds"))
+        error, kind = float(np.hypot(error, over_seeds)), "requests and seeds"
     own = sum(r["row"] == row for r in results["records"])
     paired = f", {len(seeds)} of {own} seeds" if len(seeds) < own else ""
     return f"{entry['difference']:+.4f} ± {error:.4f} ({kind}{paired})"

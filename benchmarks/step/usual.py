@@ -86,11 +86,15 @@ class Collator:
             targets += range(first, end)
             decoded += min(self.config.decode_positions, end - first)
         positives = torch.from_numpy(events[targets].astype(np.int64))
-        keys = torch.cat([positives, self.hard_negatives(targets)])
+        users = self.sequences.user_of(targets).tolist()
+        taken = set(zip(users, positives.tolist(), strict=True))
+        hard = [(item, user if (user, item) in taken else -1)
+                for user, items in zip(users, self.hard_negatives(targets), strict=True) for item in items]
+        keys = torch.cat([positives, torch.tensor([item for item, _ in hard], dtype=torch.int64)])
         log_q = None if self.ours.log_q is None else torch.from_numpy(self.ours.log_q)[keys]
         return {**{name: batch[name] for name in ("heads", "histories", "texts", "decode_texts")},
                 "decode_pairs": torch.tensor(batch["decode_pairs"], dtype=torch.int64), "keys": keys,
-                "users": torch.from_numpy(self.sequences.user_of(targets)), "log_q": log_q,
+                "users": torch.tensor(users + [user for _, user in hard]), "pairs": len(targets), "log_q": log_q,
                 "num_texts": len(windows) * self.config.decode_share,
                 "num_decoded": decoded * self.config.decode_share}
 
@@ -99,12 +103,11 @@ class Collator:
         drawn = self.ours._random(start, end, 1).choice(inner, extra, replace=False) if extra > 0 else []
         return np.sort(drawn).tolist()
 
-    def hard_negatives(self, targets: Sequence[int]) -> Tensor:
+    def hard_negatives(self, targets: Sequence[int]) -> list[list[int]]:
         indptr, negatives = self.sequences.negatives_indptr, self.sequences.negatives
         if indptr is None:
-            return torch.zeros(0, dtype=torch.int64)
-        rows = [negatives[indptr[t]:indptr[t + 1]][-self.ours.max_hard_negatives:] for t in targets]
-        return torch.from_numpy(np.concatenate(rows).astype(np.int64))
+            return [[] for _ in targets]
+        return [negatives[indptr[t]:indptr[t + 1]][-self.ours.max_hard_negatives:].tolist() for t in targets]
 
 
 class ItemProjection(nn.Module):
@@ -158,7 +161,7 @@ class UsualModel(nn.Module):
         self.to(language_model.device)
 
     def forward(self, heads: list[Tensor], histories: list[Tensor], texts: list[Tensor], keys: Tensor, users: Tensor,
-                log_q: Tensor | None, decode_texts: list[Tensor], decode_pairs: Tensor, num_texts: float,
+                pairs: int, log_q: Tensor | None, decode_texts: list[Tensor], decode_pairs: Tensor, num_texts: float,
                 num_decoded: float) -> dict[str, Tensor]:
         config = self.config
         rows, labels = self.prompts(heads, histories, texts)
@@ -175,7 +178,7 @@ class UsualModel(nn.Module):
         u = F.normalize(u, dim=-1)
         parts = {}
         if config.weight("act") > 0:
-            parts["act"] = self.contrastive(u, keys, users, log_q)
+            parts["act"] = self.contrastive(u, keys, users, pairs, log_q)
         if config.weight("gen") > 0:
             parts["gen"] = text_losses(logits, labels).sum() / num_texts
         if config.weight("rec") > 0 and len(decode_texts):
@@ -223,15 +226,14 @@ class UsualModel(nn.Module):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.emb_token.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def contrastive(self, u: Tensor, keys: Tensor, users: Tensor, log_q: Tensor | None) -> Tensor:
-        """(P, d_e) embeddings against (N,) keys, of which the first P are the targets of (P,) users."""
+    def contrastive(self, u: Tensor, keys: Tensor, users: Tensor, pairs: int, log_q: Tensor | None) -> Tensor:
+        """(P, d_e) embeddings against (N,) keys, the first P of them targets, and (N,) users; pairs: P."""
         e = F.normalize(self.item_projection(self.features(keys)), dim=-1)
         scores = self.log_scale.exp() * u @ e.T
         if log_q is not None:
             scores = scores - log_q
-        labels = torch.arange(len(users), device=u.device)
-        same = keys[:len(users), None] == keys
-        same[:, :len(users)] |= users[:, None] == users
+        labels = torch.arange(pairs, device=u.device)
+        same = (keys[:pairs, None] == keys) | (users[:pairs, None] == users)
         same[labels, labels] = False
         return F.cross_entropy(scores.masked_fill(same, -torch.inf), labels)
 

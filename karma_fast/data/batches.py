@@ -65,7 +65,7 @@ class KarmaBatch(StepBatch):
     key_items: Tensor  # (U,) distinct rows of the features
     key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
     keys: Tensor  # (N,) catalogue indices; key_items[key_index] are their rows of the features
-    key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives
+    key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives that their user never takes
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
     decode: list[DecodeChunk]  # their target texts, for L_rec
@@ -221,12 +221,14 @@ class KarmaCollator:
         hard = list(self._hard_negatives(positions))
         keys = np.concatenate([positives, *hard])
         users = self.sequences.user_of(starts)
-        key_users = np.full(len(keys), -1)
-        key_users[:len(positives)] = np.repeat(users, targets)
+        pair_of = np.concatenate([np.arange(len(positives)),
+                                  np.repeat(np.arange(len(positives)), [len(h) for h in hard] or 0)])
+        key_users = np.repeat(users, targets)[pair_of]
+        # shown and not chosen, but chosen elsewhere in the batch: a target of its user like any other
+        of_user = key_users * (keys.max() + 1) + keys
+        key_users[len(positives):][~np.isin(of_user[len(positives):], of_user[:len(positives)])] = -1
         first = np.zeros(len(users), np.int64) if self.first_rows is None else self.first_rows[users]
-        of_pairs = np.repeat(first, targets)
-        key_items, key_index = np.unique(
-            keys + np.concatenate([of_pairs, np.repeat(of_pairs, [len(h) for h in hard] or 0)]), return_inverse=True)
+        key_items, key_index = np.unique(keys + np.repeat(first, targets)[pair_of], return_inverse=True)
         pairs = self._decode_pairs(starts, ends, targets, looked_at)
         with_text = pairs if self.config.weight("rec") > 0 else pairs[:0]
         decode = [self.prompts.decode_chunk(part, positives[part]) for part in self._parts(with_text)]

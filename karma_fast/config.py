@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -68,9 +69,11 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
             raise ConfigError(f"{name}: got {value!r}; a number is needed")
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{name}: got {value!r}; a number is needed") from None
-        if annotation is int and number != int(number):
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isnan(number):
+            raise ConfigError(f"{name}: got {value!r}; a number is needed")
+        if annotation is int and not number.is_integer():  # nor is an infinity
             raise ConfigError(f"{name}: got {value!r}; a whole number is needed")
         # int(str) keeps large whole numbers exact, which a detour over float would not
         exact = annotation is int and isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit()

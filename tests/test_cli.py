@@ -385,6 +385,9 @@ def test_out_of_memory_says_what_to_lower(tmp_path, part, chunk_size, said):
     (["--learnin_rate", "1e-4"], "training.learnin_rate: no such setting; did you mean learning_rate?"),
     (["--max_steps", "many"], "training.max_steps: got 'many'"),
     (["--model.positions", "first"], "model.positions: got 'first'; allowed: last, all"),
+    (["--model.max_history", "inf"], "model.max_history: got 'inf'; a whole number is needed"),
+    (["--model.max_history", "nan"], "model.max_history: got 'nan'; a number is needed"),
+    (["--model.lora_alpha", "nan"], "model.lora_alpha: got 'nan'; a number is needed"),
     (["--lr_scheduler_type", "cosin"], "training:"),
     (["--backbone", "/no/such/folder"], "model.backbone: '/no/such/folder' cannot be loaded"),
 ])

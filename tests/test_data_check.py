@@ -78,6 +78,14 @@ def test_splits_that_do_not_fit(tmp_path, settings, problem, warning):
     assert warning in "\n".join(report.warnings)
 
 
+def test_ids_that_read_like_missing_ones(tmp_path):
+    clicks = "user,item,ts\n" + "".join(f"{user},{item},{ts}\n" for user in ("u", "NaN", "nana")
+                                        for ts, item in enumerate(("a", "None", "b", "a")))
+    report = check(files(tmp_path, clicks))
+    assert report.ok and [warning.partition(":")[0] for warning in report.warnings] == ["user 'NaN'", "item 'None'"]
+    assert "astype(str) does; if so, fill the ids in or remove the rows" in report.warnings[0]
+
+
 def test_without_item_table_the_report_says_what_is_lost(tmp_path):
     report = check(files(tmp_path, CLICKS))
     assert report.ok and any("text losses cannot be trained" in note for note in report.notes)

@@ -211,6 +211,22 @@ def test_ids_are_text_whatever_their_type(tmp_path):
     assert data.sequences.times.tolist() == [1.5, 2.5, 3.5]
 
 
+@pytest.mark.parametrize(("column", "ids"), [("user_id", [1.0, 1.0]), ("item_id", [7.0, 8.5])])
+def test_missing_ids_of_a_float_column_are_refused(tmp_path, column, ids):
+    clicks = tmp_path / "c.parquet"
+    frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [7, 8, 7]})
+    frame.with_columns(pl.Series(column, [*ids, float("nan")])).write_parquet(clicks)
+    with pytest.raises(DataError, match=f"c.parquet, row 3, column {column}: got nan, an id is needed"):
+        load_dataset(DataConfig(interactions=str(clicks), min_user_events=1))
+
+
+def test_a_missing_item_id_of_a_float_column_is_refused(tmp_path):
+    clicks = write(tmp_path / "c.csv", "user,item\nu,1\nu,2\nu,1\n")
+    pl.DataFrame({"item_id": [1.0, 2.0, float("nan")]}).write_parquet(tmp_path / "i.parquet")
+    with pytest.raises(DataError, match="i.parquet, row 3, column item_id: blank, an id is needed"):
+        load_dataset(DataConfig(interactions=clicks, items=str(tmp_path / "i.parquet")))
+
+
 def test_large_whole_times_stay_exact(tmp_path):
     times = [1_600_000_000_123_456_789, 1_600_000_000_123_456_788, 1_600_000_000_123_456_790]
     path = write(tmp_path / "a.csv", "user,item,ts\n" + "".join(f"u,{k},{t}\n" for k, t in enumerate(times)))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from .loading import Loaded
 
+ABSENT = ("nan", "none", "null", "<na>")  # what a missing id becomes as text
+
 
 @dataclass
 class Report:
@@ -118,6 +120,11 @@ def _count(loaded: Loaded, report: Report) -> None:
 
 def _warn(loaded: Loaded, config: DataConfig, report: Report) -> None:
     items, sequences, split = loaded.items, loaded.sequences, loaded.split
+    for role, ids in (("user", sequences.user_ids), ("item", items.ids)):
+        blanks = [repr(name) for name in ids if name.lower() in ABSENT]
+        if blanks:
+            report.warnings.append(f"{role} {', '.join(blanks)}: reads like a missing id turned into text, as pandas' "
+                                   "astype(str) does; if so, fill the ids in or remove the rows")
     without = items.texts.count("")
     if config.items and without == len(items):
         report.warnings.append(f"{config.items}: no item has a text, so the text losses cannot be trained; name the "

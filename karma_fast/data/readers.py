@@ -52,9 +52,10 @@ def find_column(table: Table, role: str, setting: str | None, required: bool = T
 
 
 def id_text(column: str, kind: pl.DataType | None) -> pl.Expr:
-    """Ids as text without blanks around them; whole numbers stored as floats lose their ``.0``; blank is null."""
+    """Ids as text without blanks around them; whole numbers stored as floats lose ``.0``; blank and NaN are null."""
     value = pl.col(column)
     if kind is not None and kind.is_float():
+        value = value.fill_nan(None)
         whole = value.cast(pl.Int64, strict=False)
         value = pl.when(whole == value).then(whole.cast(pl.String)).otherwise(value.cast(pl.String))
     text = value.cast(pl.String).str.strip_chars()

@@ -1,6 +1,7 @@
 """Every format reads the same, and bad data is refused with file, line, column and what to do."""
 
 import json
+from datetime import date, timedelta
 
 import numpy as np
 import polars as pl
@@ -175,6 +176,44 @@ def test_title_comes_first_and_numbers_are_no_text(tmp_path):
     assert load_dataset(config).items.texts == ['Big "A" | Acme, Inc', "1984"]
     config.text_columns = ["price", "brand"]
     assert load_dataset(config).items.texts == ["9.99 | Acme, Inc", "3"]
+
+
+@pytest.mark.parametrize(("title", "expected"), [
+    (pl.Series(["Alpha", None], dtype=pl.Categorical), ["Alpha", ""]),
+    (pl.Series(["1984", "1917"], dtype=pl.Enum(["1917", "1984"])), ["1984", "1917"]),
+    (pl.Series([300, 1917]), ["300", "1917"]),
+    (pl.Series([300.0, float("nan")]), ["300", ""]),
+    (pl.Series([8.5, None]), ["8.5", ""]),
+    (pl.Series([date(2001, 9, 1), None]), ["2001-09-01", ""]),
+])
+def test_a_title_is_text_whatever_its_type(tmp_path, title, expected):
+    clicks = write(tmp_path / "clicks.csv", "user,item\nu,1\nu,2\nu,1\n")
+    brand = pl.Series(["Acme", "Beta"], dtype=pl.Categorical)
+    frame = pl.DataFrame({"item": [1, 2], "brand": brand, "price": [9.5, 3.0], "title": title, "tags": [["a"], ["b"]]})
+    frame.write_parquet(tmp_path / "items.parquet")
+    config = DataConfig(interactions=clicks, items=str(tmp_path / "items.parquet"))
+    data = load_dataset(config)
+    assert data.items.titles == expected
+    assert data.items.texts == [f"{name} | {b}" if name else b for name, b in zip(expected, brand, strict=True)]
+    assert any("items.parquet: not taken for text: price, tags; data.text_columns" in note for note in data.notes)
+    config.text_columns = ["title", "price", "tags"]
+    data = load_dataset(config)
+    assert data.items.titles == expected and data.items.texts[0] == f"{expected[0]} | 9.5 | a"
+    assert not any("not taken for text" in note for note in data.notes)
+
+
+def test_a_title_of_numbers_in_jsonl(tmp_path):
+    clicks = write(tmp_path / "clicks.csv", "user,item\nu,1\nu,2\nu,1\n")
+    items = write(tmp_path / "items.jsonl", '{"id":1,"title":300,"brand":"x"}\n{"id":2,"title":1917,"brand":"y"}\n')
+    assert load_dataset(DataConfig(interactions=clicks, items=items)).items.texts == ["300 | x", "1917 | y"]
+
+
+def test_a_column_that_cannot_be_text_is_refused(tmp_path):
+    clicks = write(tmp_path / "clicks.csv", "user,item\nu,1\nu,2\nu,1\n")
+    pl.DataFrame({"item": [1, 2], "length": [timedelta(hours=2)] * 2}).write_parquet(tmp_path / "items.parquet")
+    config = DataConfig(interactions=clicks, items=str(tmp_path / "items.parquet"), text_columns=["length"])
+    with pytest.raises(DataError, match="column length: holds Duration.* cannot be read as text; convert it, or name"):
+        load_dataset(config)
 
 
 def test_queries_clicks_and_labels(tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from .readers import NAMES, find_column, id_text
+from .readers import NAMES, as_text, find_column
 from .schema import DataError, Items
 from .tables import ROW, Table, collect, open_table
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from karma_fast.config import DataConfig
 
 
-def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Table]:
-    """Reads ``config.items``; the catalogue has the order of the file.
+def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, list[str]]:
+    """Reads ``config.items``, with notes on what was left out; the catalogue has the order of the file.
 
     The text of an item is its text columns joined by `` | ``, blanks left out: ``config.text_columns`` in that
-    order, by default all text columns with the title first. In text files those are the columns with at least
-    one value that is no number (RecBole: the token and token_seq columns). Vectors are list columns of JSONL
-    or Parquet, float_seq columns of RecBole files, or a ``.npy`` file with a row for each item.
+    order, by default all text columns with the title first. Those are the columns of text or categories with at
+    least one value that is no number (RecBole: the token and token_seq columns), and what is named like a title,
+    numbers too. Vectors are list columns of JSONL or Parquet, float_seq columns of RecBole files, or a ``.npy`` file
+    with a row for each item.
 
     What makes the file unreadable is raised; bad rows are added to ``problems``.
     """
@@ -38,7 +39,7 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
         if name is not None and not name.endswith(".npy") and name not in table.columns:
             raise DataError(f"{table.path}: no column {name!r} (found: {', '.join(table.columns)}); set {option} to "
                             "one of them or to the path of a .npy file")
-    frame = collect(table, table.frame.with_columns(id_text(id_column, schema[id_column])))
+    frame = collect(table, table.frame.with_columns(as_text(id_column, schema[id_column])))
     if frame.is_empty():
         raise DataError(f"{table.path}: no rows below the header; give a file with items as data.items")
     schema = frame.schema
@@ -56,7 +57,12 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
                                   f"({table.place(first).rpartition(', ')[2]}); keep one of them"
                                   f"{table.rows_note(twice.height)}"))
     columns = _text_columns(config, table, frame, id_column)
-    parts = [_clean(frame, name) for name in columns]
+    left = [c for c in table.columns if c not in {id_column, *vectors.values(), *columns}]
+    notes = []
+    if left and config.text_columns is None:
+        notes.append(f"{table.path}: not taken for text: {', '.join(left)}; data.text_columns chooses and orders the "
+                     "columns with text")
+    parts = [_clean(table, frame, name) for name in columns]
     texts = [""] * frame.height
     if parts:
         texts = pl.select(pl.concat_str([p.replace("", None) for p in parts], separator=" | ",
@@ -71,7 +77,7 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, Ta
                       titles=[items.titles[k] for k in keep],
                       image_vectors=None if images is None else images[keep],
                       id_vectors=None if id_vectors is None else id_vectors[keep])
-    return items, table
+    return items, notes
 
 
 def _text_columns(config: DataConfig, table: Table, frame: pl.DataFrame, id_column: str) -> list[str]:
@@ -84,24 +90,33 @@ def _text_columns(config: DataConfig, table: Table, frame: pl.DataFrame, id_colu
     taken = {id_column, config.image_column, config.id_vector_column}
     titles = NAMES["title"].split()
     plain = {c: re.sub(r"[^a-z0-9]", "", c.lower()) for c in table.columns}
-    found = [c for c in table.columns if c not in taken and frame.schema[c] == pl.String and (
-        plain[c] in titles or (table.types[c].startswith("token") if table.types else _is_text(frame[c])))]
+    found = [c for c in table.columns if c not in taken and (
+        not frame.schema[c].is_nested() if plain[c] in titles else
+        table.types[c].startswith("token") if table.types else _is_text(frame[c]))]
     ranked = [c for c in found if plain[c] in titles]
     title = min(ranked, key=lambda c: titles.index(plain[c]), default=None)
     return [title] * (title is not None) + [c for c in found if c != title]
 
 
 def _is_text(column: pl.Series) -> bool:
-    numbers = column.str.strip_chars().cast(pl.Float64, strict=False)
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        return False
+    numbers = column.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
     return column.null_count() < numbers.null_count()
 
 
-def _clean(frame: pl.DataFrame, name: str) -> pl.Series:
+def _clean(table: Table, frame: pl.DataFrame, name: str) -> pl.Series:
     """A column as one-line text: lists joined by commas, white space runs made one blank, null made empty."""
     column = frame[name]
-    if isinstance(column.dtype, pl.List):
-        column = column.list.eval(pl.element().cast(pl.String)).list.join(", ", ignore_nulls=True)
-    return column.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars().fill_null("")
+    try:
+        if isinstance(column.dtype, pl.List):
+            column = column.list.eval(pl.element().cast(pl.String)).list.join(", ", ignore_nulls=True)
+        else:
+            column = frame.select(as_text(name, column.dtype)).to_series()
+    except pl.exceptions.PolarsError:
+        raise DataError(f"{table.path}, column {name}: holds {column.dtype}, which cannot be read as text; convert "
+                        "it, or name other columns in data.text_columns") from None
+    return column.str.replace_all(r"\s+", " ").str.strip_chars().fill_null("")
 
 
 def _vectors(table: Table, frame: pl.DataFrame, option: str, name: str | None,

@@ -67,10 +67,10 @@ def with_files(config: DataConfig) -> DataConfig:
 def load(config: DataConfig, problems: list[DataError]) -> Loaded:
     """As `load_dataset`, but adds to ``problems`` and goes on without the bad rows as far as it can."""
     config = with_files(config)
-    items = None
+    items, item_notes = None, []
     if config.items:
         try:
-            items, _ = read_items(config, problems)
+            items, item_notes = read_items(config, problems)
         except DataError as error:
             problems.append(error)
     data = read_interactions(config, problems)
@@ -92,7 +92,7 @@ def load(config: DataConfig, problems: list[DataError]) -> Loaded:
             data.frame, places = data.frame.filter(pl.Series(keep)), places[keep]
     totals = _totals(data.frame) | {"rows with unknown items": unknown}
     sequences, counts = _sequences(config, data, places)
-    notes = data.notes + counts.notes
+    notes = item_notes + data.notes + counts.notes
     split = None
     try:
         if not len(sequences.items):

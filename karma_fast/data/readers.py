@@ -51,8 +51,8 @@ def find_column(table: Table, role: str, setting: str | None, required: bool = T
     return None
 
 
-def id_text(column: str, kind: pl.DataType | None) -> pl.Expr:
-    """Ids as text without blanks around them; whole numbers stored as floats lose ``.0``; blank and NaN are null."""
+def as_text(column: str, kind: pl.DataType | None) -> pl.Expr:
+    """Cells as text without blanks around them; whole numbers stored as floats lose ``.0``; blank and NaN are null."""
     value = pl.col(column)
     if kind is not None and kind.is_float():
         value = value.fill_nan(None)
@@ -112,7 +112,7 @@ def _cast(role: str, name: str, kind: pl.DataType) -> pl.Expr:
     """The expression that turns a column into what its role needs; null where a value does not fit."""
     column = pl.col(name)
     if role in ("user", "item"):
-        return id_text(name, kind).cast(pl.Categorical)
+        return as_text(name, kind).cast(pl.Categorical)
     if role == "query":
         return column.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars().cast(pl.Categorical)
     if role == "time":

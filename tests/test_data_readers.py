@@ -2,6 +2,7 @@
 
 import json
 from datetime import date, timedelta
+from datetime import time as clock
 
 import numpy as np
 import polars as pl
@@ -270,6 +271,22 @@ def test_large_whole_times_stay_exact(tmp_path):
     times = [1_600_000_000_123_456_789, 1_600_000_000_123_456_788, 1_600_000_000_123_456_790]
     path = write(tmp_path / "a.csv", "user,item,ts\n" + "".join(f"u,{k},{t}\n" for k, t in enumerate(times)))
     assert load_dataset(DataConfig(interactions=path)).sequences.times.tolist() == sorted(times)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(clock(9, 30), "Time"), (timedelta(hours=2), "Duration"), ([1], "List")])
+def test_times_that_are_no_points_in_time_are_refused(tmp_path, value, kind):
+    path = tmp_path / "c.parquet"
+    pl.DataFrame({"user": [1, 1, 1], "item": [1, 2, 1], "ts": [value] * 3}).write_parquet(path)
+    with pytest.raises(DataError, match=f"column ts: holds {kind}.*, not times; numbers, dates and datetimes are"):
+        load_dataset(DataConfig(interactions=str(path)))
+
+
+@pytest.mark.parametrize("kind", [pl.Date, pl.Datetime("ms"), pl.Datetime("us", "Europe/Berlin")])
+def test_dates_become_seconds(tmp_path, kind):
+    path = tmp_path / "c.parquet"
+    days = pl.Series([date(1970, 1, day) for day in (2, 3, 4)]).cast(kind)
+    pl.DataFrame({"user": [1, 1, 1], "item": [1, 2, 1], "ts": days}).write_parquet(path)
+    assert load_dataset(DataConfig(interactions=str(path))).sequences.times.tolist() == [86400, 172800, 259200]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])

@@ -96,6 +96,10 @@ def read_interactions(config: DataConfig, problems: list[DataError]) -> Interact
     if table.path.suffix.lower() in JSON_SUFFIXES:  # as text, so that one odd value does not stop the parser
         table.frame = pl.scan_ndjson(table.path, schema=dict.fromkeys(columns.values(), pl.String), row_index_name=ROW)
     kinds = table.frame.collect_schema()
+    time = kinds.get(columns.get("time"), pl.Null)
+    if not (time.is_numeric() or time in (pl.String, pl.Null, pl.Date, pl.Datetime)):
+        raise DataError(f"{table.path}, column {columns['time']}: holds {time}, not times; numbers, dates and "
+                        "datetimes are allowed; convert the column or set data.time_column")
     casts = [_cast(role, name, kinds[name]).alias(role) for role, name in columns.items()]
     frame = collect(table, table.frame.select(ROW, *casts))
     if frame.is_empty():

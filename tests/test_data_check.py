@@ -67,6 +67,7 @@ def test_unreadable_item_table_does_not_hide_the_rest(tmp_path):
 @pytest.mark.parametrize(("settings", "problem", "warning"), [
     ({"min_user_events": 9}, "no user has 9 clicks or more; lower data.min_user_events", ""),
     ({"split": "by_time", "valid_time": 0, "test_time": 3}, "no event lies before 0, .*they span 1 to 3", ""),
+    ({"split": "by_time", "valid_time": 2, "test_time": 3}, "no user has 3 events before 2, .*lower data.min_", ""),
     ({"split": "by_time", "valid_time": 8, "test_time": 9}, "", "no validation target; move data.valid_time"),
     ({"min_user_events": 1}, "", ""),
 ])
@@ -76,6 +77,17 @@ def test_splits_that_do_not_fit(tmp_path, settings, problem, warning):
     report = check(files(tmp_path, CLICKS, ITEMS, **settings))
     assert report.ok == (not problem) and re.search(problem, "\n".join(report.problems))
     assert warning in "\n".join(report.warnings)
+
+
+def test_a_user_who_is_too_short_before_the_split_asks_but_does_not_train(tmp_path):
+    clicks = "user,item,ts\nu,a,1\nu,b,2\nu,c,3\nu,a,9\nv,d,1\nv,b,8\n"
+    config = files(tmp_path, clicks, split="by_time", valid_time=5, test_time=7)
+    before = check(config)
+    (tmp_path / "clicks.csv").write_text(clicks + "v,a,9\n")  # now v has 3 clicks
+    after = check(config)
+    assert before.counts["training events"] == after.counts["training events"] == 3
+    assert (before.counts["test targets"], after.counts["test targets"]) == (1, 3)
+    assert any("1 users with fewer than 3 clicks before data.valid_time do not train" in n for n in after.notes)
 
 
 def test_ids_that_read_like_missing_ones(tmp_path):

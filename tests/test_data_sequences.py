@@ -176,6 +176,25 @@ def test_splits_cover_each_event_once(rows, bounds):
             split_by_time(sequences, *bounds)
 
 
+@settings(deadline=None, max_examples=60)
+@given(rows=rows_of_clicks, later=st.lists(st.integers(0, USERS - 1), max_size=4), least=st.integers(1, 4))
+def test_later_events_do_not_decide_who_trains(rows, later, least):
+    """Users below the minimum in all are dropped first, as `load_dataset` does."""
+    found = []
+    for more in ([], [(user, 0, 9, True) for user in later]):
+        sequences, _ = build([(*row[:3], True) for row in rows] + more, min_user_events=least)
+        try:
+            split = split_by_time(sequences, 5, 9, least)
+        except DataError:
+            found.append(np.zeros(ITEMS))
+            continue
+        found.append(split.training_counts(sequences, ITEMS))
+        events = np.arange(len(sequences.items))
+        wanted = (sequences.times >= 5) & ~np.isin(events, sequences.indptr[:-1])  # those who do not train ask too
+        np.testing.assert_array_equal(np.sort(np.concatenate([split.valid, split.test])), events[wanted])
+    np.testing.assert_array_equal(*found)
+
+
 def test_split_by_time_needs_times():
     sequences, _ = build_sequences(np.array(["u"]), np.zeros(4, int), np.arange(4))
     with pytest.raises(DataError, match="by_time needs a time column; set data.time_column"):

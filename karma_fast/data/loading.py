@@ -99,7 +99,12 @@ def load(config: DataConfig, problems: list[DataError]) -> Loaded:
             raise DataError(f"{data.table.path}: no user has {config.min_user_events} clicks or more; lower "
                             "data.min_user_events or give more interactions")
         if config.split == "by_time":
-            split = split_by_time(sequences, config.valid_time, config.test_time)
+            split = split_by_time(sequences, config.valid_time, config.test_time, config.min_user_events)
+            first = sequences.indptr[:-1]
+            short = int(((split.train_end == first) & (sequences.times[first] < config.valid_time)).sum())
+            if short:
+                notes.append(f"{short} users with fewer than {config.min_user_events} clicks before data.valid_time "
+                             "do not train; their later clicks are requests (data.min_user_events)")
         else:
             split = split_leave_one_out(sequences, config.seed)
     except DataError as error:

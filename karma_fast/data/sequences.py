@@ -175,11 +175,12 @@ def split_leave_one_out(sequences: Sequences, seed: int = 0) -> Split:
                  description=f"leave one out: last event test, last but one validation; {order}")
 
 
-def split_by_time(sequences: Sequences, valid_time: float, test_time: float) -> Split:
+def split_by_time(sequences: Sequences, valid_time: float, test_time: float, min_user_events: int = 1) -> Split:
     """Events before ``valid_time`` train, those before ``test_time`` validate, the rest test.
 
-    Each validation or test event with at least one earlier event of its user is a target. DataError when the
-    data has no times, or when nothing is left to train on.
+    Each validation or test event with at least one earlier event of its user is a target. Users with fewer than
+    ``min_user_events`` events before ``valid_time`` do not train, so that no later event decides who does; their
+    events are history all the same. DataError when the data has no times, or when nothing is left to train on.
 
     >>> sequences = Sequences(np.array(["u"], dtype=object), np.array([0, 4]), np.arange(4, dtype=np.int32),
     ...                       times=np.array([1, 2, 3, 4]))
@@ -192,14 +193,17 @@ def split_by_time(sequences: Sequences, valid_time: float, test_time: float) -> 
                         "leave_one_out")
     times, first = sequences.times, np.asarray(sequences.indptr[:-1], dtype=np.int64)
     before = np.concatenate([[0], np.cumsum(times < valid_time, dtype=np.int64)])
-    train_end = first + before[sequences.indptr[1:]] - before[first]
+    early = before[sequences.indptr[1:]] - before[first]
     if not before[-1]:
         span = f"they span {times.min()} to {times.max()}" if len(times) else "there are none"
         raise DataError(f"data.valid_time: no event lies before {valid_time:g}, so nothing is left to train on; "
                         f"{span}, choose a time in between, in the unit of the time column")
+    if early.max() < min_user_events:
+        raise DataError(f"data.valid_time: no user has {min_user_events} events before {valid_time:g}, so nothing is "
+                        "left to train on; choose a later time, or lower data.min_user_events")
     late = np.flatnonzero(times >= valid_time)
     late = late[~np.isin(late, first, assume_unique=True)]
     in_test = times[late] >= test_time
-    return Split(train_end=train_end, valid=late[~in_test], test=late[in_test],
+    return Split(train_end=first + early * (early >= min_user_events), valid=late[~in_test], test=late[in_test],
                  description=f"by time: training before {valid_time:g}, validation before {test_time:g}, "
                              "test from there")

@@ -68,7 +68,10 @@ def test_unreadable_item_table_does_not_hide_the_rest(tmp_path):
     ({"min_user_events": 9}, "no user has 9 clicks or more; lower data.min_user_events", ""),
     ({"split": "by_time", "valid_time": 0, "test_time": 3}, "no event lies before 0, .*they span 1 to 3", ""),
     ({"split": "by_time", "valid_time": 2, "test_time": 3}, "no user has 3 events before 2, .*lower data.min_", ""),
-    ({"split": "by_time", "valid_time": 8, "test_time": 9}, "", "no validation target; move data.valid_time"),
+    ({"split": "by_time", "valid_time": 8, "test_time": 9},
+     "no test target, so .*; move data.valid_time and data.test_time", "no validation target; move data.valid_time"),
+    ({"split": "by_time", "valid_time": 2, "test_time": 3, "min_user_events": 1},
+     "no user has two events in the training part, .*; choose a later data.valid_time", ""),
     ({"min_user_events": 1}, "", ""),
 ])
 def test_splits_that_do_not_fit(tmp_path, settings, problem, warning):
@@ -88,6 +91,18 @@ def test_a_user_who_is_too_short_before_the_split_asks_but_does_not_train(tmp_pa
     assert before.counts["training events"] == after.counts["training events"] == 3
     assert (before.counts["test targets"], after.counts["test targets"]) == (1, 3)
     assert any("1 users with fewer than 3 clicks before data.valid_time do not train" in n for n in after.notes)
+
+
+def test_what_training_refuses_is_said(tmp_path):
+    clicks = "user,item,ts\n" + "".join(f"u,{item},{ts}\n" for ts, item in enumerate("abc"))
+    report = check(files(tmp_path, clicks))
+    assert report.problems == ["no user has two events in the training part, so there is nothing to train on; "
+                               "leave_one_out needs users with 4 or more clicks"]
+    report = check(files(tmp_path, clicks + "u,d,8\nv,a,1\nv,b,2\nv,c,3\n"))  # v has no window
+    assert report.ok and any("recipe karma will not train on this: all training windows are of one user" in warning
+                             and "set model.act_weight 0" in warning for warning in report.warnings)
+    report = check(files(tmp_path, clicks + "u,d,8\nv,a,1\nv,b,2\nv,c,3\nv,d,4\n"))
+    assert report.ok and not any("of one user" in warning for warning in report.warnings)
 
 
 def test_ids_that_read_like_missing_ones(tmp_path):

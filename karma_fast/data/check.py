@@ -9,6 +9,7 @@ import numpy as np
 
 from .assets import AssetError
 from .schema import DataError
+from .windows import ONE_USER
 
 if TYPE_CHECKING:
     from karma_fast.config import DataConfig
@@ -82,7 +83,7 @@ def check(config: DataConfig) -> Report:
     if loaded is not None:
         report.notes = loaded.notes
         _count(loaded, report)
-        _warn(loaded, config, report)
+        _judge(loaded, config, report, found)
     report.problems = list(dict.fromkeys(str(error) for error in found))
     return report
 
@@ -118,7 +119,8 @@ def _count(loaded: Loaded, report: Report) -> None:
                           "split": split.description}
 
 
-def _warn(loaded: Loaded, config: DataConfig, report: Report) -> None:
+def _judge(loaded: Loaded, config: DataConfig, report: Report, problems: list[DataError]) -> None:
+    """Adds what is odd to the report's warnings, and what training would refuse to ``problems``."""
     items, sequences, split = loaded.items, loaded.sequences, loaded.split
     for role, ids in (("user", sequences.user_ids), ("item", items.ids)):
         blanks = [repr(name) for name in ids if name.lower() in ABSENT]
@@ -141,11 +143,19 @@ def _warn(loaded: Loaded, config: DataConfig, report: Report) -> None:
                                "times; their true order is not known and a seeded shuffle stands in (data.seed)")
     if split is None:
         return
-    for name, targets in (("validation", split.valid), ("test", split.test)):
-        if not len(targets):
-            report.warnings.append(f"no {name} target; " + (
-                "move data.valid_time and data.test_time into the time span" if config.split == "by_time" else
-                "leave_one_out needs users with 3 or more clicks"))
+    by_time = config.split == "by_time"
+    advice = ("move data.valid_time and data.test_time into the time span" if by_time else
+              "leave_one_out needs users with 3 or more clicks")
+    if not len(split.valid):
+        report.warnings.append(f"no validation target; {advice}")
+    if not len(split.test):
+        problems.append(DataError(f"no test target, so nothing could be measured; {advice}"))
+    trained_users = int((split.train_end - sequences.indptr[:-1] >= 2).sum())
+    if not trained_users:
+        problems.append(DataError("no user has two events in the training part, so there is nothing to train on; " + (
+            "choose a later data.valid_time" if by_time else "leave_one_out needs users with 4 or more clicks")))
+    elif trained_users == 1 and sequences.negatives is None:
+        report.warnings.append(f"recipe karma will not train on this: {ONE_USER}")
     events = len(sequences.items)
     # +1 where a training part begins, -1 where it ends
     starts = np.bincount(sequences.indptr[:-1], minlength=events + 1)

@@ -8,6 +8,10 @@ import numpy as np
 
 from .schema import Sequences, Split
 
+ONE_USER = ("all training windows are of one user, whose targets are never each other's negatives: L_act would be 0; "
+            "give data of more users or with items shown but not clicked (data.clicked_column), or set "
+            "model.act_weight 0")
+
 
 def training_windows(sequences: Sequences, split: Split, max_history: int, positions: Literal["last", "all"],
                      min_history: int = 1) -> tuple[np.ndarray, np.ndarray]:

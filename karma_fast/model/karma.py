@@ -14,7 +14,7 @@ from ..config import KarmaConfig
 from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, Prompts
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
-from ..data.windows import training_windows
+from ..data.windows import ONE_USER, training_windows
 from ..data.words import word_vectors
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
@@ -185,9 +185,7 @@ class KarmaModel(Recommender):
     def training_windows(self, sequences: UserSequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
         starts, ends = super().training_windows(sequences, split)
         if self.loss.wants("act") and sequences.negatives is None and len(np.unique(sequences.user_of(starts))) == 1:
-            raise ValueError("all training windows are of one user, whose targets are never each other's negatives: "
-                             "L_act would be 0; give data of more users or with items shown but not clicked "
-                             "(data.clicked_column), or set model.act_weight 0")
+            raise ValueError(ONE_USER)
         return starts, ends
 
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,

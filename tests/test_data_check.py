@@ -107,9 +107,10 @@ def test_what_training_refuses_is_said(tmp_path):
 
 def test_ids_that_read_like_missing_ones(tmp_path):
     clicks = "user,item,ts\n" + "".join(f"{user},{item},{ts}\n" for user in ("u", "NaN", "nana")
-                                        for ts, item in enumerate(("a", "None", "b", "a")))
+                                        for ts, item in enumerate(("a", "None", "b", "c")))
     report = check(files(tmp_path, clicks))
-    assert report.ok and [warning.partition(":")[0] for warning in report.warnings] == ["user 'NaN'", "item 'None'"]
+    named = [warning.partition(":")[0] for warning in report.warnings[:2]]
+    assert report.ok and named == ["user 'NaN'", "item 'None'"]
     assert "astype(str) does; if so, fill the ids in or remove the rows" in report.warnings[0]
 
 

@@ -178,7 +178,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     recommend = add("recommend", "recommend", "list the next items for a user or a typed history",
                     'examples:\n  karma-fast recommend runs/demo --history "Toy Story, Aladdin" --explain\n'
                     "  karma-fast recommend runs/demo --user 196 --k 20\n  karma-fast recommend runs/shop --history "
-                    '"B07X,B08Y" --query "running shoes" --json\n\nItems of the history are left out of the list.')
+                    '"B07X,B08Y" --query "running shoes" --json')
     recommend.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
     who = recommend.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="ID", help="a user of the data the model was trained on, or of --data")
@@ -210,10 +210,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                     "training part of the events; the mix's weights and SASRec's epoch are\nchosen on the validation "
                     f"requests.\n\n{section_help(DataConfig)}", True)
     baselines.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
-    for command in (evaluate, baselines):
+    for command, else_missed in ((evaluate, "; such a target is missed"), (baselines, "; such a target is missed"),
+                                 (recommend, "")):
         masked = command.add_mutually_exclusive_group()
         masked.add_argument("--masked", dest="masked", action="store_true", default=True,
-                            help="leave out what the user chose before; such a target is missed (default)")
+                            help=f"leave out what the user chose before{else_missed} (default)")
         masked.add_argument("--unmasked", dest="masked", action="store_false", help="rank all items")
     baselines.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
     baselines.add_argument("--no-sasrec", action="store_true", help="only what needs no training")

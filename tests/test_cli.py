@@ -425,6 +425,8 @@ def test_recommend_by_history_and_user(here, capsys):
     assert len(listed["items"]) == 37 and not {"i0", "i1", "i32"} & {row["id"] for row in listed["items"]}
     scores = [row["score"] for row in listed["items"]]
     assert scores == sorted(scores, reverse=True)
+    assert main(["recommend", "runs/tiny", "--history", "i0, i1, i32", "--k", "40", "--json", "--unmasked"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["items"]) == 40  # those of the history too
     assert main(["recommend", "runs/tiny/model", "--user", "u3", "--explain", "--query", "a spoon"]) == 0
     assert "decoded interest:" in (text := capsys.readouterr().out) and "a spoon" in text
     for words, said in ((["--user", "u99"], "no user has the id 'u99'"), (["--history", "Red Rokcet"], "Red Rocket")):

@@ -26,7 +26,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         history = find_items(model.items, args.history)
     u = model.encode_users([history], [args.query])
-    scores, found = item_index(model, folder).search(u, args.k, seen=([0, len(history)], history))
+    seen = ([0, len(history)], history) if args.masked else None
+    scores, found = item_index(model, folder).search(u, args.k, seen=seen)
     listed = [{"rank": n + 1, "score": round(float(score), 4), "id": str(model.items.ids[item]),
                "title": model.items.titles[item], "text": model.items.texts[item]}
               for n, (item, score) in enumerate(zip(found[0], scores[0], strict=True)) if item >= 0]

@@ -304,16 +304,19 @@ def test_what_makes_a_row_is_not_changed(tiny, command, capsys):
 
 
 def test_time_that_is_over_ends_sasrec_after_an_epoch(tiny_data, monkeypatch, tmp_path):
+    from karma_fast.baselines import SASRecConfig
+
     asked = []
 
     def train(data, config, *, seed, folder, go_on):
-        asked.append((folder, go_on(1)))
+        asked.append((folder, config.dim, go_on(1)))
         return SimpleNamespace(facts={"done": False})
 
     monkeypatch.setattr("karma_fast.baselines.train_sasrec", train)
-    assert train_sasrec_row(tiny_data, 0, tmp_path, end=0.0) is None  # which the program calls to be gone on with
-    assert train_sasrec_row(tiny_data, 0, tmp_path, end=float("inf")) is None
-    assert asked == [(tmp_path, False), (tmp_path, True)]
+    # None is what the program calls to be gone on with
+    assert train_sasrec_row(tiny_data, {"dim": 8}, 0, tmp_path, end=0.0) is None
+    assert train_sasrec_row(tiny_data, {}, 0, tmp_path, end=float("inf")) is None
+    assert asked == [(tmp_path, 8, False), (tmp_path, SASRecConfig().dim, True)]
 
 
 def test_requests_of_the_test_are_read_once(tiny, command, capsys, tmp_path):

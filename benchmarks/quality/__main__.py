@@ -73,7 +73,7 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
     if row.kind == "query":
         return make_query_row(row, data)
     if row.kind == "sasrec":
-        return train_sasrec_row(data, seed, folder, table.end)
+        return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
     return train_karma(row, table.bases[row.kind], data, seed, folder, table.end)
 
 

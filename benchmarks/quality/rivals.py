@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,14 +110,14 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
     return Ready(score_by(tuned), facts)
 
 
-def train_sasrec_row(data: Dataset, seed: int, folder: Path, end: float) -> Ready | None:
-    """SASRec with its own settings; it keeps a checkpoint in ``folder`` and goes on from it.
+def train_sasrec_row(data: Dataset, settings: dict[str, Any], seed: int, folder: Path, end: float) -> Ready | None:
+    """SASRec with the data set's ``settings``; it keeps a checkpoint in ``folder`` and goes on from it.
 
     end: of `time.monotonic`; the first epoch after it ends the sitting, and None is given.
     """
     from karma_fast.baselines import SASRecConfig, train_sasrec
 
-    config = SASRecConfig()
+    config = SASRecConfig(**settings)
     folder.mkdir(parents=True, exist_ok=True)
     model = train_sasrec(data, config, seed=seed, folder=folder, go_on=lambda epoch: time.monotonic() < end)
     if not model.facts["done"]:

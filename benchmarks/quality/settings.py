@@ -23,7 +23,7 @@ class DataSet:
     """short_history: events before a request up to which its user counts as cold.
 
     pairs, steps: of the reduced size. model: settings that this data set has for itself, whatever the size; chosen on
-    validation requests.
+    validation requests. sasrec: the same of SASRec.
     """
 
     name: str
@@ -33,6 +33,7 @@ class DataSet:
     steps: int
     queries: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+    sasrec: dict[str, Any] = field(default_factory=dict)
 
     def config(self, source: Path | None = None) -> DataConfig:
         """Where the data is; Beauty is converted from ``source`` if it has not been. DataError says what to do."""

@@ -117,17 +117,16 @@ class Task {
     for (int64_t first = begin; first < end;) {
       const int64_t b = (first - packed_.begin) / size, start = packed_.begin + b * size;
       const int64_t last = std::min(end, start + size);
-      bool crowded = false;
+      // first, as a group that becomes crowded in this block has had it
+      if (std::any_of(exact_queries_.begin(), exact_queries_.end(), [](const Units& q) { return bool(q); }))
+        compare_crowded(first, last);
       for (int64_t g = 0; g < groups_; ++g) {
         if (kernel_.exact) {
           compare(kernel_, g, packed_queries_[size_t(g)].get(), packed_.block(b), start, first, last);
-        } else if (exact_queries_[size_t(g)]) {
-          crowded = true;
-        } else {
+        } else if (!exact_queries_[size_t(g)]) {
           filter(g, b, start, first, last);
         }
       }
-      if (crowded) compare_crowded(first, last);
       first = last;
     }
     chains_.flush();

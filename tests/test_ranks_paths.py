@@ -345,3 +345,15 @@ def test_arrays_of_any_layout():
         assert numbers(target_ranks(queries, other, range(9))) == expected
     items.flags.writeable = False
     assert numbers(target_ranks(queries, items, range(9))) == expected
+@pytest.mark.parametrize("path", PATHS)
+def test_targets_are_crowded_in_different_parts_of_the_catalogue(path):
+    """Groups of queries go over to the exact path one after the other, each at its own block."""
+    clusters = np.repeat(np.arange(3), 7000)  # of items; more than a block of any path
+    middles = np.eye(3, 48, dtype=np.float32)
+    items = middles[clusters] + 0.02 * vectors(21000, 48, 0)
+    queries = middles[np.repeat(np.arange(3), 100)] + 0.02 * vectors(300, 48, 1)
+    targets = np.arange(300) // 100 * 7000 + np.arange(300) * 17
+    expected = target_ranks(queries, items, targets, path="torch")
+    assert numbers(target_ranks(queries, items, targets, path=path, threads=1)) == numbers(expected)
+
+

@@ -12,7 +12,7 @@ namespace {
 
 // One rounding of a * b + c to float32.
 inline float fused(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
+#if defined(__FP_FAST_FMAF) || defined(KARMA_FUSED)
   return __builtin_fmaf(a, b, c);
 #else
   // The product is exact in float64. The sum is rounded to odd there: of the two neighbours of an inexact sum the one

@@ -62,8 +62,9 @@ struct Sure {  // what is above high, or below low, is so whatever the order of 
 };
 
 // Beyond this share of undecided pairs a filter takes longer than the exact kernel: it then spends its own D units of
-// time a pair and about 1300 + 6 D on each undecided one, the exact kernel 4 D. (Measured with int8 on AVX-512.)
-double worthwhile_share(double width) { return 3 * width / (1300 + 6 * width); }
+// time a pair and about 6000 + 20 D on each undecided one, the exact kernel 4 D. (Measured on an Intel Xeon with D
+// from 16 to 1024; int8 on AVX-512 and bfloat16 on AMX differ by a quarter.)
+double worthwhile_share(double width) { return 3 * width / (6000 + 20 * width); }
 
 // Some groups of queries against some blocks.
 class Task {

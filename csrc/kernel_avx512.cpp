@@ -44,6 +44,7 @@ struct Lanes {
 
 }  // namespace
 
+#define KARMA_FUSED  // g++ defines __FP_FAST_FMAF for a -mfma, but not for a target pragma
 #include "basics.h"
 #include "scan.h"
 

@@ -31,6 +31,25 @@ def test_sanitizers_find_nothing(name, folder):
     assert "portable" in out.split()
 
 
+def optimised(folder):
+    """The program of tests/native/amx.cpp, compiled as the extension is; its objects lie in amx-objects."""
+    flags = ["-O3", "-DNDEBUG"]
+    reason = sanitize.missing(flags, folder) or ("" if os.uname().machine == "x86_64" else "AMX is of x86")
+    if reason:
+        pytest.skip(reason)
+    return sanitize.program(sanitize.NATIVE / "amx.cpp", folder, flags)
+
+
+@pytest.mark.parametrize("name", ["kernel_avx2", "kernel_avx512"])
+def test_chains_are_made_of_fused_instructions(name, folder):
+    """And not of float64, as where there are none."""
+    optimised(folder)
+    listing = sanitize.run(["objdump", "-dC", "--no-show-raw-insn", str(folder / f"amx-objects/{name}.o")])
+    for function in ("chains_of_one", "chains_of_pairs"):
+        code = re.search(rf"^\w+ <[^\n]*{function}\(.*?\n\n", listing + "\n\n", re.M | re.S)[0]
+        assert "vfmadd" in code and not re.search(r"vcvt|pd\b|sd\b", code)
+
+
 def test_amx_bf16_by_a_software_model_of_its_instructions(folder):
     """The machine code of kernel_amx.cpp runs, but its AMX instructions are done by tests/native/tile_model.h.
 
@@ -38,11 +57,7 @@ def test_amx_bf16_by_a_software_model_of_its_instructions(folder):
     instructions; the instructions themselves run only on a CPU that has them, where test_ranks_paths covers the path
     amx_bf16 by itself and this test runs without the model.
     """
-    flags = ["-O3", "-DNDEBUG"]
-    reason = sanitize.missing(flags, folder) or ("" if os.uname().machine == "x86_64" else "AMX is of x86")
-    if reason:
-        pytest.skip(reason)
-    built = sanitize.program(sanitize.NATIVE / "amx.cpp", folder, flags)
+    built = optimised(folder)
     done = subprocess.run([built], capture_output=True, text=True)
     if done.returncode == CANNOT_RUN:
         pytest.skip(f"the code around the AMX instructions does not run here: {done.stdout}")

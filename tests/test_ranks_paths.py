@@ -357,3 +357,5 @@ def test_targets_are_crowded_in_different_parts_of_the_catalogue(path):
     assert numbers(target_ranks(queries, items, targets, path=path, threads=1)) == numbers(expected)
 
 
+    deep = next((name for name in PATHS if paths()[name] == "exact"), PATHS[0])
+    assert [catalogue_module.top_k_path(once, 100, k, "auto") for k in (10, 11)] == [PATHS[0], deep]

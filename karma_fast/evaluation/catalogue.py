@@ -15,7 +15,7 @@ except ImportError:  # built without a compiler
     native = None
 
 FEW = 64  # queries that are not worth packing for a filter
-SHALLOW = 1000  # items for each of the k best
+SHALLOW = 300  # items for each of the k best
 PART_BYTES = 1 << 30  # of packed copies at a time, for a catalogue that is used once
 NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4, "exact": 4}  # bytes of a number in what a path packs
 

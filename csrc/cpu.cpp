@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#ifdef KARMA_X86
+#ifdef KARMA_AMX
 #include <cpuid.h>
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -14,7 +14,7 @@ namespace karma {
 
 namespace {
 
-#ifdef KARMA_X86
+#ifdef KARMA_AMX
 bool has_amx_bfloat16() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // bf16, tiles
@@ -26,7 +26,9 @@ bool has_amx_bfloat16() {
   return false;
 #endif
 }
+#endif
 
+#ifdef KARMA_X86
 std::vector<const Kernel*> find() {
   std::vector<const Kernel*> found;
   __builtin_cpu_init();
@@ -34,9 +36,13 @@ std::vector<const Kernel*> find() {
   const bool avx2 = fused && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef KARMA_AMX
   if (avx512 && has_amx_bfloat16()) found.push_back(&kAmxBfloat16);
+#endif
   if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512Int8);
+#ifdef KARMA_AVX512_BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bfloat16);
+#endif
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
   found.push_back(&kPortable);

@@ -75,9 +75,19 @@ struct Kernel {
 };
 
 extern const Kernel kPortable;
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // which has no target pragma for a file
+// Clang has no target pragma for a file. setup.py sets KARMA_NO_AMX for an assembler that is older than the compiler,
+// and KARMA_PORTABLE where that is not enough.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(KARMA_PORTABLE)
 #define KARMA_X86 1
-extern const Kernel kAvx2, kAvx512, kAvx512Bfloat16, kAvx512Int8, kAmxBfloat16;
+extern const Kernel kAvx2, kAvx512, kAvx512Int8;
+#if __GNUC__ >= 10  // the first with these instructions
+#define KARMA_AVX512_BF16 1
+extern const Kernel kAvx512Bfloat16;
+#endif
+#if __GNUC__ >= 11 && !defined(KARMA_NO_AMX)
+#define KARMA_AMX 1
+extern const Kernel kAmxBfloat16;
+#endif
 #endif
 
 }  // namespace karma

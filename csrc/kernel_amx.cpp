@@ -1,6 +1,6 @@
 #include "kernel.h"
 
-#ifdef KARMA_X86
+#ifdef KARMA_AMX
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,bmi,popcnt")
 #include "avx512.h"
 #include "scan.h"

@@ -50,6 +50,28 @@ def test_chains_are_made_of_fused_instructions(name, folder):
         assert "vfmadd" in code and not re.search(r"vcvt|pd\b|sd\b", code)
 
 
+@pytest.mark.parametrize("name, flags, absent", [
+    ("no-amx", ["-DKARMA_NO_AMX"], {"amx_bf16"}),
+    ("g++-10", ["-U__GNUC__", "-D__GNUC__=10"], {"amx_bf16"}),
+    ("g++-9", ["-U__GNUC__", "-D__GNUC__=9"], {"amx_bf16", "avx512_bf16"}),
+    ("portable", ["-DKARMA_PORTABLE"], {"amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2"}),
+])
+def test_kernels_that_a_compiler_does_not_know_are_left_out(name, flags, absent, folder):
+    reason = sanitize.missing([], folder) or ("" if os.uname().machine == "x86_64" else "the kernels are of x86")
+    if reason:
+        pytest.skip(reason)
+    main = folder / "paths.cpp"
+    main.write_text('#include <cstdio>\n#include "cpu.h"\n'
+                    "int main() { for (const karma::Kernel* k : karma::kernels()) std::puts(k->name); }\n")
+    kernels = sorted(sanitize.CSRC.glob("kernel_*.cpp"))
+    built = sanitize.linked([main, sanitize.CSRC / "cpu.cpp", *kernels], folder / name / "paths", ["-O0", *flags])
+    assert not absent & set(sanitize.run([str(built)]).split())
+    for path in kernels:
+        symbols = sanitize.run(["nm", "-C", str(folder / name / f"paths-objects/{path.stem}.o")])
+        short = path.stem.removeprefix("kernel_").replace("amx", "amx_bf16").replace("int8", "vnni")
+        assert bool(re.search(r" [DR] karma::k", symbols)) == (short not in absent), path
+
+
 def test_amx_bf16_by_a_software_model_of_its_instructions(folder):
     """The machine code of kernel_amx.cpp runs, but its AMX instructions are done by tests/native/tile_model.h.
 

@@ -97,19 +97,56 @@ def test_make_setup_refuses_an_old_python(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_without_a_compiler_the_extension_is_left_out(tmp_path):
+def build_extension(tmp_path, **environment):
+    """What setup.py says where the sources are kernel_amx.cpp and module.cpp, which are not C++."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     for name in ("karma_fast", "kernels/karma_kernels", "csrc"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "karma_fast" / "__init__.py").write_text('__version__ = "0"', encoding="utf-8")
-    (tmp_path / "csrc" / "module.cpp").write_text("not C++", encoding="utf-8")
-    environment = {**os.environ, "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+    for name in ("kernel_amx.cpp", "module.cpp"):
+        (tmp_path / "csrc" / name).write_text("not C++", encoding="utf-8")
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, text=True,
-                          capture_output=True, env=environment)
+                          capture_output=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    assert "C++ extension was NOT built" in done.stdout and "apt install g++" in done.stdout
+    return done.stdout
+
+
+def test_without_a_compiler_the_extension_is_left_out(tmp_path):
+    said = build_extension(tmp_path, CC="/no/such/compiler", CXX="/no/such/compiler")
+    assert "C++ extension was NOT built" in said and "apt install g++" in said
     assert not list(tmp_path.rglob("*.so"))
+
+
+COMPILER = """#!/bin/sh
+echo "$@" >> commands
+case "$*" in {accepted}) ;; *{refused}*)
+  echo "{refused}: Messages:" >&2
+  echo "{error}" >&2
+  exit 1
+esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+@pytest.mark.parametrize("refused, accepted, error, attempts, said", [
+    ("kernel_amx.cpp", "*KARMA_NO_AMX*", "x.s:7: Error: no such instruction: tilezero", 2, "was built without AMX"),
+    ("kernel_amx.cpp", "*KARMA_PORTABLE*", "x.s:7: Error: no such instruction: tilezero", 3,
+     "was built for any CPU alone, many times slower than for this one"),
+    ("kernel_amx.cpp", "never", "kernel_amx.cpp:1:1: error: not C++", 3, "was NOT built"),
+    ("module.cpp", "never", "module.cpp:3:10: fatal error: Python.h: No such file or directory", 1, "was NOT built"),
+])
+def test_kernels_that_the_compiler_refuses_are_left_out(tmp_path, refused, accepted, error, attempts, said):
+    """They alone, where setup.py finds a switch that helps; with what the compiler said."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(refused=refused, accepted=accepted, error=error), encoding="utf-8")
+    compiler.chmod(0o755)
+    out = build_extension(tmp_path, CC=str(compiler), CXX=str(compiler))
+    assert f"C++ extension {said} ({error})" in out
+    assert bool(list((tmp_path / "karma_fast").glob("_C*.so"))) == (accepted != "never")
+    commands = (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in commands if f"csrc/{refused}" in line]) == attempts
 
 
 def test_ranking_without_the_extension():

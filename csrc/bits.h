@@ -18,11 +18,12 @@ inline float float_of(uint32_t u) {
   return x;
 }
 
+// No step takes or gives a subnormal float32, which some settings of a CPU take for zero.
 inline float half(uint16_t x) {
-  const float rebias = float_of((254 - 15) << 23);  // 2^112 moves the exponent; right for subnormal numbers too
   const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
-  const uint32_t finite = bits_of(float_of(rest) * rebias), special = rest | 0x7f800000;
-  return float_of(sign | (rest >= 0x0f800000 ? special : finite));
+  const uint32_t subnormal = bits_of(float(x & 0x7fff) * 0x1p-24f), normal = rest + ((127 - 15) << 23);
+  const uint32_t special = rest | 0x7f800000;
+  return float_of(sign | (rest < 0x00800000 ? subnormal : rest < 0x0f800000 ? normal : special));
 }
 
 }  // namespace

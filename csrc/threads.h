@@ -25,6 +25,17 @@ class StandardFloats {
 
  private:
   const unsigned before_;
+#elif defined(__aarch64__)
+  StandardFloats() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_) : : "memory");
+    set(before_ & ~kNotStandard);
+  }
+  ~StandardFloats() { set(before_); }
+
+ private:
+  static constexpr uint64_t kNotStandard = 1 << 24 | 1 << 19 | 3 << 22;  // FZ, FZ16, RMode
+  static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr) : "memory"); }
+  uint64_t before_;
 #endif
 };
 

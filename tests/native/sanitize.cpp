@@ -6,6 +6,9 @@
 #include <atomic>
 #include <new>
 
+#include "bits.h"
+#include "threads.h"
+
 namespace {
 
 std::atomic<int64_t> allocations_left{std::numeric_limits<int64_t>::max()};
@@ -64,6 +67,25 @@ void check_memory_runs_out(const karma::Kernel& kernel) {
   }
 }
 
+// All numbers of float16, also where the CPU takes subnormal numbers for zero.
+void check_halves() {
+  std::vector<float> expected, found(1 << 16);
+  for (int x = 0; x < 1 << 16; ++x) expected.push_back(half_value(uint16_t(x), false));
+#ifdef __SSE2__
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);
+#endif
+  for (int x = 0; x < 1 << 16; ++x) found[size_t(x)] = half(uint16_t(x));
+#ifdef __SSE2__
+  _mm_setcsr(before);
+#endif
+  for (int x = 0; x < 1 << 16; ++x)  // beyond 0x7c00 are infinity and NaN
+    require((x & 0x7fff) < 0x7c00   ? bits_of(found[size_t(x)]) == bits_of(expected[size_t(x)])
+            : (x & 0x7fff) > 0x7c00 ? std::isnan(found[size_t(x)])
+                                    : std::isinf(found[size_t(x)]) && std::signbit(found[size_t(x)]) == (x > 0x7fff),
+            "the value of a float16", "half");
+}
+
 }  // namespace
 
 void* operator new(size_t bytes) {
@@ -75,6 +97,7 @@ void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 int main() {
+  check_halves();
   for (const karma::Kernel* kernel : karma::kernels()) {
     check_kernel(*kernel, 3);
     check_callers(*kernel);

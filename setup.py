@@ -26,11 +26,12 @@ except ImportError:  # a build without isolation
     print(WITHOUT.format(reason="pybind11 is not installed"))
 else:
     ParallelCompile().install()
-    # no contraction: what is one rounding and what are two is written in the code
-    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+    # no fast math, whatever CXXFLAGS say (linked, it would set the process's subnormal numbers to zero), and no
+    # contraction: what is one rounding and what are two is written in the code
+    flags = ["-O3", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
     extensions = [Pybind11Extension("karma_fast._C", sorted(str(path) for path in Path("csrc").glob("*.cpp")),
                                     depends=sorted(str(path) for path in Path("csrc").glob("*.h")), cxx_std=17,
-                                    extra_compile_args=flags)]
+                                    extra_compile_args=flags, extra_link_args=["-fno-fast-math"])]
 
 
 class BuildIfPossible(build_ext):

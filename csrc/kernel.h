@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#error "karma_fast counts roundings and looks for NaN: build it without -ffast-math and what that stands for"
+#endif
+
 #define KARMA_INLINE inline __attribute__((always_inline))
 
 namespace karma {

@@ -72,6 +72,15 @@ def test_kernels_that_a_compiler_does_not_know_are_left_out(name, flags, absent,
         assert bool(re.search(r" [DR] karma::k", symbols)) == (short not in absent), path
 
 
+def test_fast_math_is_refused(folder):
+    reason = sanitize.missing([], folder)
+    if reason:
+        pytest.skip(reason)
+    for flag in ("-ffast-math", "-Ofast", "-ffinite-math-only"):
+        with pytest.raises(RuntimeError, match="build it without -ffast-math"):
+            sanitize.run(["g++", *sanitize.FLAGS, flag, "-fsyntax-only", str(sanitize.CSRC / "cpu.cpp")])
+
+
 def test_amx_bf16_by_a_software_model_of_its_instructions(folder):
     """The machine code of kernel_amx.cpp runs, but its AMX instructions are done by tests/native/tile_model.h.
 

@@ -142,11 +142,13 @@ def test_kernels_that_the_compiler_refuses_are_left_out(tmp_path, refused, accep
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER.format(refused=refused, accepted=accepted, error=error), encoding="utf-8")
     compiler.chmod(0o755)
-    out = build_extension(tmp_path, CC=str(compiler), CXX=str(compiler))
+    out = build_extension(tmp_path, CC=str(compiler), CXX=str(compiler), CFLAGS="-ffast-math",
+                          CXXFLAGS="-ffast-math")
     assert f"C++ extension {said} ({error})" in out
     assert bool(list((tmp_path / "karma_fast").glob("_C*.so"))) == (accepted != "never")
     commands = (tmp_path / "commands").read_text(encoding="utf-8").splitlines()
     assert len([line for line in commands if f"csrc/{refused}" in line]) == attempts
+    assert all("-fno-fast-math" in line.partition("-ffast-math")[2] for line in commands)
 
 
 def test_ranking_without_the_extension():

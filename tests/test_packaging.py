@@ -3,8 +3,10 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,35 @@ except ValueError as error:
                           env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""})
     assert done.stdout.splitlines() == ["[0.5] [[1 2]]"] * 2 + [
         "path: got 'avx2'; this machine has auto, torch (the C++ extension was not built, see `karma-fast doctor`)"]
+
+
+def test_an_extension_that_cannot_be_loaded_says_why(tmp_path):
+    shutil.copytree(ROOT / "karma_fast", tmp_path / "karma_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "karma_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    code = """
+import warnings
+import numpy as np
+from karma_fast.commands.doctor import examine, to_text
+from karma_fast.evaluation import paths, ranks, target_ranks
+assert paths() == {}
+ranks.LONG = 0
+items = np.eye(4, dtype=np.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    target_ranks(items, items, range(4))
+print(caught[0].message)
+try:
+    target_ranks(items, items, range(4), path="avx2")
+except ValueError as error:
+    print(error)
+print(*(line for line in to_text(examine()).splitlines() if line.startswith("ranking")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True, cwd=tmp_path,
+                          env={"PYTHONPATH": f"{tmp_path}:{ROOT / 'kernels'}", "PATH": ""})
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout
+    for line, end in zip(lines, (", so torch ranks", ", see", "; install karma-fast again"), strict=True):
+        assert re.search(rf"the C\+\+ extension,?( which)? cannot be loaded \(.*_C\..*\){end}", line), line
 
 
 BENCHMARK = """

@@ -29,8 +29,6 @@ OPTIONAL_ON_GPU = {
     "faiss-gpu-cu12": ("faiss-gpu-cu12", "retrieval on the GPU"),
     "flash-attn": ("flash-attn --no-build-isolation", "faster attention"),
 }
-NO_EXTENSION = ("by torch, many times slower than the C++ extension, which was not built; install a C++17 compiler "
-                "(on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -76,19 +74,19 @@ def pip_install(spec: str) -> str:
 def look_at_hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     out: dict[str, Any] = {"cpu": "", "cpu_features": [], "cores": cores, "memory_bytes": memory_bytes(), "gpus": [],
-                           "compute_dtype": None, "ranking": []}
+                           "compute_dtype": None, "ranking": [], "ranking_problem": None}
     try:
         import torch
     except ImportError:
         return out
-    from ..evaluation import paths
+    from ..evaluation.catalogue import ABSENCE, paths
     from ..model.backbone import compute_dtype
     from .common import cpu_name
 
     features = torch.cpu.get_capabilities()
     names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16", "sve")
     out |= {"cpu": cpu_name(), "cpu_features": [name for name in names if features.get(name)],
-            "ranking": list(paths())}
+            "ranking": list(paths()), "ranking_problem": None if paths() else "; ".join(ABSENCE)}
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         out["gpus"].append({"name": facts.name, "memory_bytes": facts.total_memory,
@@ -131,7 +129,10 @@ def to_text(found: dict[str, Any]) -> str:
         lines.append(f"          {' '.join(found['cpu_features'])}")
     lines += [f"gpu       {gpu['name']}, {size(gpu['memory_bytes'])}, capability {gpu['capability']}"
               for gpu in found["gpus"]] or ["gpu       none that torch can use"]
-    lines.append("ranking   " + (f"in C++: {', '.join(found['ranking'])}" if found["ranking"] else NO_EXTENSION))
+    if found["ranking"]:
+        lines.append(f"ranking   in C++: {', '.join(found['ranking'])}")
+    elif found["ranking_problem"]:
+        lines.append("ranking   by torch, many times slower than the C++ extension, which " + found["ranking_problem"])
     lines += [f"computes  in {found['compute_dtype'] or 'nothing: torch is missing'}",
               f"cache     {found['cache']['folder']}, {size(found['cache']['bytes'])}"]
     lines += [f"backbone  {name}: {state}" for name, state in found["backbones"].items()]

@@ -10,9 +10,18 @@ import torch
 from .rows import Rows, check_finite
 
 try:
-    from karma_fast import _C as native
-except ImportError:  # built without a compiler
-    native = None
+    import karma_fast._C as native
+
+    failure = ""
+except ModuleNotFoundError:  # built without a compiler
+    native, failure = None, ""
+except ImportError as error:  # built where the C++ library, for one, is another
+    native, failure = None, str(error)
+
+# what is wrong with the extension where there is none, and what to do
+ABSENCE = (f"cannot be loaded ({failure})", "install karma-fast again, so that it is built for this machine") \
+    if failure else ("was not built", "install a C++17 compiler (on Debian and Ubuntu: apt install g++ python3-dev) "
+                     "and then karma-fast again")
 
 FEW = 64  # queries that are not worth packing for a filter
 SHALLOW = 300  # items for each of the k best
@@ -131,7 +140,7 @@ def check_path(path: str) -> None:
     known = ["auto", "torch", *paths()]
     if path not in known:
         raise ValueError(f"path: got {path!r}; this machine has {', '.join(known)}"
-                         + ("" if native else " (the C++ extension was not built, see `karma-fast doctor`)"))
+                         + ("" if native else f" (the C++ extension {ABSENCE[0]}, see `karma-fast doctor`)"))
 
 
 def thread_count(threads: int) -> int:

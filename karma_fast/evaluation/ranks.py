@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import device_ranks, native_ranks, torch_ranks
-from .catalogue import Catalogue, check_path, native, thread_count
+from .catalogue import ABSENCE, Catalogue, check_path, native, thread_count
 from .counting import TargetCounts, Targets
 from .csr import Csr, check_csr
 from .rows import Rows, check_finite, check_kind, check_widths
@@ -209,8 +209,7 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
 def warn_of_torch(path: str, products: int) -> None:
     """pip shows nothing of a build that left the extension out, so this is where one learns of it."""
     if path == "auto" and products > LONG:
-        warnings.warn("the C++ extension was not built, so torch ranks, which takes many times longer; install a "
-                      "C++17 compiler (on Debian and Ubuntu: apt install g++ python3-dev) and then karma-fast again",
+        warnings.warn(f"the C++ extension {ABSENCE[0]}, so torch ranks, which takes many times longer; {ABSENCE[1]}",
                       stacklevel=3)
 
 

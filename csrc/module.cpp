@@ -268,6 +268,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("greater").noconvert(), py::arg("equal").noconvert(), py::arg("threads"))
       .def("top_k", &Items::top_k, py::arg("queries").noconvert(), py::arg("left_out").noconvert(),
            py::arg("scores").noconvert(), py::arg("items").noconvert(), py::arg("threads"));
+  m.def(
+      "item_bytes",
+      [](const std::string& path, int64_t width) {
+        return karma::panel_units_of(kernel_named(path), width) * 4 / karma::kPanel;
+      },
+      py::arg("path"), py::arg("width"), "Bytes of an item of this width as a path packs it.");
   m.def("count_listed", &count_listed, py::arg("rows"), py::arg("storage"), py::arg("longest"),
         py::arg("queries").noconvert(), py::arg("first").noconvert(), py::arg("item").noconvert(),
         py::arg("score").noconvert(), py::arg("first_listed").noconvert(), py::arg("listed").noconvert(),

@@ -164,6 +164,18 @@ def test_slices_of_queries_change_nothing(path, largest_k, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [1, 8, 16, 64])
+def test_parts_of_narrow_vectors_have_their_size(path, width, monkeypatch):
+    """As packed, with what rows are padded by."""
+    items = np.zeros((9000, width), np.float32)
+    each = catalogue_module.native.item_bytes(path, width)
+    assert catalogue_module.pack(Catalogue(items).rows, path, 0, 9000, 1).nbytes == -(-9000 // 32) * 32 * each
+    monkeypatch.setattr(catalogue_module, "PART_BYTES", 2048 * each)
+    parts = list(Catalogue.passing(items).parts(path, 0, 9000, 1))
+    assert [part.nbytes for part in parts[:-1]] == [2048 * each] * 4 and len(parts) == 5
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_collapsed_model_is_in_the_middle(path):
     same = np.tile(vectors(1, 33, 0), (3001, 1))
     found = target_ranks(same[:20], same, range(20), path=path)
@@ -296,6 +308,18 @@ def test_crowded_and_sparse_targets_together(path):
     assert numbers(Ranks.sum(parts)) == numbers(expected)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_targets_are_crowded_in_different_parts_of_the_catalogue(path):
+    """Groups of queries go over to the exact path one after the other, each at its own block."""
+    clusters = np.repeat(np.arange(3), 7000)  # of items; more than a block of any path
+    middles = np.eye(3, 48, dtype=np.float32)
+    items = middles[clusters] + 0.02 * vectors(21000, 48, 0)
+    queries = middles[np.repeat(np.arange(3), 100)] + 0.02 * vectors(300, 48, 1)
+    targets = np.arange(300) // 100 * 7000 + np.arange(300) * 17
+    expected = target_ranks(queries, items, targets, path="torch")
+    assert numbers(target_ranks(queries, items, targets, path=path, threads=1)) == numbers(expected)
+
+
 def test_few_queries_are_not_worth_a_filter():
     items, queries = vectors(3000, 64, 1), vectors(100, 64, 0)
     quick = next((name for meaning in ("bfloat16", "exact") for name in PATHS if paths()[name] == meaning), PATHS[0])
@@ -303,6 +327,8 @@ def test_few_queries_are_not_worth_a_filter():
     assert catalogue_module.count_path(once, 3, "auto") == quick
     assert catalogue_module.top_k_path(once, 3, 1, "auto") == quick
     assert catalogue_module.count_path(once, 100, "auto") == PATHS[0]
+    deep = next((name for name in PATHS if paths()[name] == "exact"), PATHS[0])
+    assert [catalogue_module.top_k_path(once, 100, k, "auto") for k in (10, 11)] == [PATHS[0], deep]
     catalogue = Catalogue(items)
     target_ranks(queries[:3], catalogue, [0, 1, 2])
     assert catalogue.holds(PATHS[0]) and len(catalogue._packed) == 1
@@ -345,17 +371,3 @@ def test_arrays_of_any_layout():
         assert numbers(target_ranks(queries, other, range(9))) == expected
     items.flags.writeable = False
     assert numbers(target_ranks(queries, items, range(9))) == expected
-@pytest.mark.parametrize("path", PATHS)
-def test_targets_are_crowded_in_different_parts_of_the_catalogue(path):
-    """Groups of queries go over to the exact path one after the other, each at its own block."""
-    clusters = np.repeat(np.arange(3), 7000)  # of items; more than a block of any path
-    middles = np.eye(3, 48, dtype=np.float32)
-    items = middles[clusters] + 0.02 * vectors(21000, 48, 0)
-    queries = middles[np.repeat(np.arange(3), 100)] + 0.02 * vectors(300, 48, 1)
-    targets = np.arange(300) // 100 * 7000 + np.arange(300) * 17
-    expected = target_ranks(queries, items, targets, path="torch")
-    assert numbers(target_ranks(queries, items, targets, path=path, threads=1)) == numbers(expected)
-
-
-    deep = next((name for name in PATHS if paths()[name] == "exact"), PATHS[0])
-    assert [catalogue_module.top_k_path(once, 100, k, "auto") for k in (10, 11)] == [PATHS[0], deep]

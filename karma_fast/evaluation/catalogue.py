@@ -26,7 +26,6 @@ ABSENCE = (f"cannot be loaded ({failure})", "install karma-fast again, so that i
 FEW = 64  # queries that are not worth packing for a filter
 SHALLOW = 300  # items for each of the k best
 PART_BYTES = 1 << 30  # of packed copies at a time, for a catalogue that is used once
-NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4, "exact": 4}  # bytes of a number in what a path packs
 
 
 def paths() -> dict[str, str]:
@@ -91,7 +90,7 @@ class Catalogue:
 
     def parts(self, path: str, begin: int, end: int, threads: int) -> Iterator[Any]:
         """Packed copies that together hold items begin..end; all of it in one if it is kept."""
-        size = len(self) if self.kept else max(1024, PART_BYTES // (self.rows.width * NUMBER_BYTES[paths()[path]]))
+        size = len(self) if self.kept else max(1024, PART_BYTES // native.item_bytes(path, self.rows.width))
         if self.kept or (begin == 0 and end == len(self) and end <= size):
             yield self.pack(path, threads)
             return

@@ -157,10 +157,48 @@ def test_slices_of_queries_change_nothing(path, largest_k, monkeypatch):
     queries, items = vectors(100, 12, 0), vectors(3000, 12, 1)
     targets, seen = csr_from_lists([[q, q + 9][:1 + q % 2] for q in range(100)]), csr_from_lists([[5]] * 100)
     expected = target_ranks(queries, items, targets, seen=seen, path=path, largest_k=largest_k)
-    for name, value in (("SLICE", 7), ("STEP", 1), ("FIRST_ITEMS", 64)):
+    for name, value in (("SLICE", 7), ("STEP", 1), ("SECONDS", 0), ("FIRST_ITEMS", 64)):
         monkeypatch.setattr(native_ranks, name, value)
     found = target_ranks(queries, items, targets, seen=seen, path=path, largest_k=largest_k, threads=1)
     assert numbers(found) == numbers(expected)
+
+
+class Slow:
+    """Packed items that take a nanosecond a product, by a clock of their own."""
+
+    begin, end, block_items, longest = 0, 2_000_000, 1024, 1.0
+
+    def __init__(self):
+        self.now, self.steps, self.done = 0.0, [], 0
+
+    def took(self, products):
+        self.steps.append(products / 1e9)
+        self.now += self.steps[-1]
+        self.done += products
+
+    def count(self, queries, first, item, score, begin, end, greater, equal, threads):
+        self.took(queries.size * (end - begin))
+
+    def top_k(self, queries, left_out, scores, items, threads):
+        self.took(queries.size * (self.end - self.begin))
+
+
+@pytest.mark.parametrize("queries, largest_k", [(10_000, None), (10_000, 50), (2000, None), (None, None)])
+def test_steps_are_short_on_a_slow_machine(queries, largest_k, monkeypatch):
+    """So that Ctrl-C is heard; None: the k best."""
+    slow, items = Slow(), vectors(4, 16, 0)
+    monkeypatch.setattr(native_ranks, "perf_counter", lambda: slow.now)
+    catalogue = Catalogue(items)
+    monkeypatch.setattr(Catalogue, "__len__", lambda self: slow.end)
+    monkeypatch.setattr(Catalogue, "parts", lambda self, *args: iter([slow]))
+    if queries:
+        users = vectors(queries, 16, 1)
+        target_ranks(users, catalogue, np.zeros(queries, np.int64), largest_k=largest_k, path=PATHS[0], threads=1)
+    else:
+        users = vectors(3000, 16, 1)
+        top_k(users, catalogue, 5, path=PATHS[0], threads=1)
+    assert slow.done == users.size * slow.end and len(slow.steps) > 20
+    assert slow.steps[0] <= 10 and max(slow.steps[1:]) < 3 and np.median(slow.steps) > 1
 
 
 @pytest.mark.parametrize("path", PATHS)

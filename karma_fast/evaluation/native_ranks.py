@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,26 @@ from .csr import Csr, csr_rows
 from .rows import check_finite
 from .scores import check_overflow, norms
 
-STEP = 100 * 10**9  # products a thread between two looks at the progress bar, at Ctrl-C and at who is done: 1 to 2 s
+SECONDS = 1.5  # of a step: between two looks at the progress bar, at Ctrl-C and at who is done
+STEP = 10 * 10**9  # products a thread of the first step, before it is known how long they take
 SLICE = 4096  # queries at a time, or more where that makes less than a step
+FEWEST = 64  # queries at a time for the k best, even where that makes more than a step
 FIRST_ITEMS = 8192  # of the first step if queries may stop early; each step is twice as long
+
+
+class Pace:
+    """The products of the next step, from the time that the steps before took."""
+
+    def __init__(self, threads: int) -> None:
+        self.products = STEP * threads
+
+    @contextmanager
+    def step(self, products: int) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        seconds = max(perf_counter() - start, 1e-9)
+        if seconds > SECONDS or 2 * products > self.products:  # of a short step most may be the time to begin it
+            self.products = int(products * min(SECONDS / seconds, 10))
 
 
 class Counts:
@@ -83,13 +102,15 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
         if listed is not None:
             most += np.diff(listed[0])[counts.query]
     width, still = queries.shape[1], np.arange(len(queries))  # still: whose counts go on
+    pace = Pace(counts.threads)
     for packed in catalogue.parts(count_path(catalogue, len(queries), path), begin, end, threads):
-        size = max(SLICE, STEP * counts.threads // (width * (packed.end - packed.begin)))
-        going_on = []
-        for first in range(0, len(still), size):
-            which = still[first:first + size]
-            for start, stop in steps(packed, begin, end, len(which) * width, counts.threads, most is None):
-                counts.add(packed, which, start, stop)
+        first, going_on = 0, []
+        while first < len(still):
+            which = still[first:first + max(SLICE, pace.products // (width * (packed.end - packed.begin)))]
+            first += len(which)
+            for start, stop in steps(packed, begin, end, len(which) * width, pace, most is None):
+                with pace.step(len(which) * width * (stop - start)):
+                    counts.add(packed, which, start, stop)
                 bar.update((stop - start) * len(which) / len(queries))
                 if most is not None:
                     which = counts.below(which, most)
@@ -107,15 +128,15 @@ def count(queries: np.ndarray, catalogue: Catalogue, targets: Targets, seen: Csr
     return counts.greater, counts.equal, candidates
 
 
-def steps(packed: Any, begin: int, end: int, work: int, threads: int, whole: bool) -> Iterator[tuple[int, int]]:
+def steps(packed: Any, begin: int, end: int, work: int, pace: Pace, whole: bool) -> Iterator[tuple[int, int]]:
     """Ranges of items, full blocks where they can be; ``work``: products of an item with all queries."""
-    block, last = packed.block_items, min(end, packed.end)
-    most = max(1, STEP * threads // max(1, work) // block) * block
-    size, start = most if whole else min(most, -(-FIRST_ITEMS // block) * block), max(begin, packed.begin)
+    block, last, start = packed.block_items, min(end, packed.end), max(begin, packed.begin)
+    size = last if whole else -(-FIRST_ITEMS // block) * block
     while start < last:
+        size = min(size, max(1, pace.products // max(1, work) // block) * block)
         stop = min(start + size - (start - packed.begin) % block, last)
         yield start, stop
-        start, size = stop, min(2 * size, most)
+        start, size = stop, last if whole else 2 * size
 
 
 def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | None, path: str, threads: int) \
@@ -125,14 +146,16 @@ def best_items(queries: np.ndarray, catalogue: Catalogue, k: int, seen: Csr | No
     scores, items = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     none = Targets(np.zeros(len(queries) + 1, np.int64), np.zeros(0, np.int64), True)
     listed = left_out(seen, none, len(catalogue))
-    # so many queries at a time that Ctrl-C is heard
-    size = max(256, STEP * team // (len(catalogue) * queries.shape[1]))
+    pace = Pace(team)
     for packed in catalogue.parts(top_k_path(catalogue, len(queries), k, path), 0, len(catalogue), threads):
         check_overflow(longest(queries) * packed.longest)
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            out = None if listed is None else csr_rows(listed, start, start + size)
-            packed.top_k(queries[part], out, scores[part], items[part], team)
+        work, start = queries.shape[1] * (packed.end - packed.begin), 0
+        while start < len(queries):
+            part = slice(start, min(start + max(FEWEST, pace.products // work), len(queries)))
+            out = None if listed is None else csr_rows(listed, part.start, part.stop)
+            with pace.step(work * (part.stop - part.start)):
+                packed.top_k(queries[part], out, scores[part], items[part], team)
+            start = part.stop
         del packed  # before the next part is made
     return scores, items
 

@@ -108,7 +108,7 @@ class ItemIndex:
     def _search(self, queries: np.ndarray, k: int, seen: Csr | None) -> tuple[np.ndarray, np.ndarray]:
         best, found = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         most_seen = int(np.diff(seen[0]).max(initial=0)) if seen is not None else 0
-        fetch, todo = min(self.num_items, k + most_seen), np.arange(len(queries))
+        fetch, todo = min(self.num_items, k + most_seen), np.arange(len(queries), dtype=np.int64)
         while len(todo):
             scores, items = self._fetch(queries[todo], fetch)
             keep = items >= 0
@@ -195,7 +195,7 @@ class ItemIndex:
 def _member(items: np.ndarray, query_rows: np.ndarray, seen: Csr, num_items: int) -> np.ndarray:
     """(R, F) found items -> whether each is among its query's seen ones."""
     indptr, indices = seen
-    pairs = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * num_items + indices
+    pairs = np.repeat(np.arange(len(indptr) - 1, dtype=np.int64), np.diff(indptr)) * num_items + indices
     return np.isin(query_rows[:, None] * num_items + items, pairs)
 
 

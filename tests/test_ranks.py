@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from karma_fast import retrieval
 from karma_fast.evaluation import counting, ranks, scores, torch_ranks
 from karma_fast.evaluation.csr import csr_from_lists, csr_ranges, csr_rows
 from karma_fast.evaluation.metrics import ranking_metrics
@@ -287,3 +288,18 @@ def test_csr_helpers():
     assert [x.tolist() for x in csr_ranges(values, starts, ends)] == [[0, 2, 2, 3], [13, 14, 15]]
     with pytest.raises(ValueError, match="range 0 ends before"):
         csr_ranges(values, ends, starts)
+
+
+def test_counts_fit_where_integers_are_of_32_bits(monkeypatch):
+    """np.arange gives such by default with NumPy 1 on Windows."""
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *args, dtype=np.int32: arange(*args, dtype=dtype))
+    items, last = 2**31 - 1, np.array([2**31 - 2])
+    targets = counting.Targets.check(np.repeat(last, 5), 5, items)
+    assert targets.starts.dtype == targets.query.dtype == np.int64
+    several = counting.Targets.check(([0, 2, 4, 6], [0, items - 1] * 3), 3, items)
+    indptr, indices = counting.left_out(([0, 0, 1, 3], [5, 6, items - 1]), several, items)
+    assert indptr.tolist() == [0, 0, 1, 2] and indices.tolist() == [5, 6]
+    inside = retrieval._member(np.array([[6, 5], [5, 7]]), np.array([2, 1]), (np.array([0, 0, 1, 3]),
+                                                                             np.array([5, 6, items - 1])), items)
+    assert inside.tolist() == [[True, False], [True, False]]

@@ -31,7 +31,7 @@ class Targets:
     @property
     def query(self) -> np.ndarray:
         """(T,) of each target."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int64), np.diff(self.starts))
 
     @property
     def indptr(self) -> np.ndarray | None:
@@ -56,7 +56,7 @@ class Targets:
             raise ValueError(f"targets: got {len(item)} for {num_queries} queries; one each is needed, or a pair "
                              "(indptr, indices)")
         check_range("targets", item, num_items)
-        return cls(np.arange(num_queries + 1), item, False)
+        return cls(np.arange(num_queries + 1, dtype=np.int64), item, False)
 
 
 def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
@@ -65,7 +65,7 @@ def left_out(seen: Csr | None, targets: Targets, num_items: int) -> Csr | None:
         return None
     queries = len(targets.starts) - 1
     indptr, indices = check_csr("seen", seen, queries, num_items)
-    pairs = np.setdiff1d(np.repeat(np.arange(queries), np.diff(indptr)) * num_items + indices,
+    pairs = np.setdiff1d(np.repeat(np.arange(queries, dtype=np.int64), np.diff(indptr)) * num_items + indices,
                          targets.query * num_items + targets.item)
     row, column = np.divmod(pairs, num_items)  # sorted by query, each pair once
     return np.searchsorted(row, np.arange(queries + 1)), column

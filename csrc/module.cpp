@@ -90,6 +90,13 @@ void check_apart(const char* name, const py::array& written, std::initializer_li
   }
 }
 
+// What array_t leaves unchecked of arrays that it does not copy.
+void check_aligned(std::initializer_list<const py::array*> arrays) {
+  for (const py::array* x : arrays)
+    if (!(x->flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+      refuse("arrays: one of type " + std::string(py::str(x->dtype())) + " is not aligned to its numbers; copy it");
+}
+
 void check_scores(const Array<float>& score) {
   for (py::ssize_t i = 0; i < score.size(); ++i)
     if (!std::isfinite(score.data()[i])) refuse("score: target " + std::to_string(i) + " has none");
@@ -115,6 +122,7 @@ class Items {
   void count(const Array<float>& queries, const Array<int64_t>& first, const Array<int64_t>& item,
              const Array<float>& score, int64_t begin, int64_t end, Array<int64_t> greater, Array<int64_t> equal,
              int threads) const {
+    check_aligned({&queries, &first, &item, &score, &greater, &equal});
     check_queries(queries, rows_.width);
     check_lists("targets", first, queries.shape(0), item.size());
     check_size("targets", item, item.size());
@@ -135,6 +143,7 @@ class Items {
 
   void top_k(const Array<float>& queries, const std::optional<Lists>& left_out, Array<float> scores,
              Array<int64_t> items, int threads) const {
+    check_aligned({&queries, &scores, &items});
     check_queries(queries, rows_.width);
     const bool fits = scores.ndim() == 2 && items.ndim() == 2 && scores.shape(0) == queries.shape(0) &&
                       items.shape(0) == scores.shape(0) && items.shape(1) == scores.shape(1) && scores.shape(1) >= 1;
@@ -146,6 +155,7 @@ class Items {
     const int64_t *firsts = nullptr, *out = nullptr;
     if (left_out) {
       const auto& [first, listed] = *left_out;
+      check_aligned({&first, &listed});
       check_lists("left_out", first, queries.shape(0), listed.size());
       check_rising("left_out", first, listed);
       check_apart("scores", scores, {&first, &listed});
@@ -170,6 +180,7 @@ void count_listed(const py::array& rows, const std::string& storage, double long
                   const Array<int64_t>& first_listed, const Array<int64_t>& listed, Array<int64_t> greater,
                   Array<int64_t> equal, int threads) {
   const Rows items = rows_of(rows, storage);
+  check_aligned({&queries, &first, &item, &score, &first_listed, &listed, &greater, &equal});
   check_queries(queries, items.width);
   check_lists("targets", first, queries.shape(0), item.size());
   check_lists("listed", first_listed, queries.shape(0), listed.size());
@@ -194,6 +205,7 @@ std::pair<Array<int64_t>, Array<int64_t>> left_out(const Array<int64_t>& first_s
                                                    const Array<int64_t>& first, const Array<int64_t>& item,
                                                    int64_t num_items) {
   const int64_t queries = first.size() - 1;
+  check_aligned({&first_seen, &seen, &first, &item});
   check_lists("targets", first, queries, item.size());
   check_lists("seen", first_seen, queries, seen.size());
   check_inside("seen", seen, 0, num_items);
@@ -221,6 +233,7 @@ std::pair<Array<int64_t>, Array<int64_t>> left_out(const Array<int64_t>& first_s
 Array<float> pair_scores(const Array<float>& queries, const py::array& rows, const std::string& storage,
                          const Array<int64_t>& query, const Array<int64_t>& item, int threads) {
   const Rows items = rows_of(rows, storage);
+  check_aligned({&queries, &query, &item});
   check_queries(queries, items.width);
   check_size("item", item, query.size());
   check_inside("query", query, 0, queries.shape(0));
@@ -255,6 +268,12 @@ PYBIND11_MODULE(_C, m) {
         return out;
       },
       "(name, what it computes in) of every kernel that this machine can run.");
+  m.def(
+      "item_bytes",
+      [](const std::string& path, int64_t width) {
+        return karma::panel_units_of(kernel_named(path), width) * 4 / karma::kPanel;
+      },
+      py::arg("path"), py::arg("width"), "Bytes of an item of this width as a path packs it.");
   py::class_<Items>(m, "Items")
       .def(py::init<py::array, const std::string&, const std::string&, int64_t, int64_t, int>(), py::arg("rows"),
            py::arg("storage"), py::arg("path"), py::arg("begin"), py::arg("end"), py::arg("threads"))
@@ -268,12 +287,6 @@ PYBIND11_MODULE(_C, m) {
            py::arg("greater").noconvert(), py::arg("equal").noconvert(), py::arg("threads"))
       .def("top_k", &Items::top_k, py::arg("queries").noconvert(), py::arg("left_out").noconvert(),
            py::arg("scores").noconvert(), py::arg("items").noconvert(), py::arg("threads"));
-  m.def(
-      "item_bytes",
-      [](const std::string& path, int64_t width) {
-        return karma::panel_units_of(kernel_named(path), width) * 4 / karma::kPanel;
-      },
-      py::arg("path"), py::arg("width"), "Bytes of an item of this width as a path packs it.");
   m.def("count_listed", &count_listed, py::arg("rows"), py::arg("storage"), py::arg("longest"),
         py::arg("queries").noconvert(), py::arg("first").noconvert(), py::arg("item").noconvert(),
         py::arg("score").noconvert(), py::arg("first_listed").noconvert(), py::arg("listed").noconvert(),

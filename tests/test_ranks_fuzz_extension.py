@@ -14,7 +14,7 @@ PATHS = [name for name, _ in native.paths()]
 
 
 def misaligned(x):
-    return np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1, count=x.size).reshape(x.shape)
+    return np.frombuffer(bytearray(b"\0" + x.tobytes()), x.dtype, offset=1, count=x.size).reshape(x.shape)
 
 
 def extension_call(path, storage="float32"):
@@ -127,6 +127,28 @@ def test_extension_refuses_bad_top_k(path):
     refused(queries, None, memory.view(np.float32).reshape(-1)[:100].reshape(20, 5), memory)
     for k in (2**58 - 128, 2**60 - 1):  # sizes that overflow, of no queries
         packed.top_k(queries[:0], None, *room(k, 0), 2)
+
+
+def test_extension_refuses_arrays_that_are_not_aligned():
+    packed, rows, _, _, call = extension_call(PATHS[0])
+    first, item, query = call["first"], call["item"], np.arange(40) // 2
+    best, left_out = (np.full((20, 4), -np.inf, np.float32), np.full((20, 4), -1)), (first, np.tile([3, 9], 20))
+    calls = [
+        (packed.count, list(call.values()), (0, 1, 2, 3, 6, 7)),
+        (packed.top_k, [call["queries"], None, *best, 2], (0, 2, 3)),
+        (native.pair_scores, [call["queries"], rows, "float32", query, item, 1], (0, 3, 4)),
+        (native.left_out, [*left_out, first, item, 300], (0, 1, 2, 3)),
+        (native.count_listed, [rows, "float32", 1e3, call["queries"], first, item, call["score"], *left_out,
+                               call["greater"], call["equal"], 1], (3, 4, 5, 6, 7, 8, 9, 10)),
+    ]
+    for function, arguments, arrays in calls:
+        function(*arguments)
+        for at in arrays:
+            with pytest.raises(ValueError, match="not aligned"):
+                function(*arguments[:at], misaligned(arguments[at]), *arguments[at + 1:])
+    for lists in ((misaligned(first), left_out[1]), (first, misaligned(left_out[1]))):
+        with pytest.raises(ValueError, match="not aligned"):
+            packed.top_k(call["queries"], lists, *best, 2)
 
 
 @pytest.mark.parametrize("storage, rows", [

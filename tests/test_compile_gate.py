@@ -25,6 +25,7 @@ from karma_kernels.info_nce import fused, library, op  # noqa: E402
 from karma_kernels.info_nce.problem import Wanted  # noqa: E402
 from karma_kernels.ranks import configs  # noqa: E402
 from karma_kernels.ranks import launch as ranks  # noqa: E402
+from karma_kernels.ranks.parts import Plan  # noqa: E402
 from karma_kernels.soft_prompt import fused as fused_prompt  # noqa: E402
 from karma_kernels.soft_prompt import op as projection  # noqa: E402
 
@@ -149,7 +150,8 @@ def compile_ranks(capability: int) -> list[Launch]:
             limits = ranks.Thresholds.of(scores, targets, copies, width, tile.items)
             ranks.launch_filter(targets.values, copies, limits, len(items), rows.int(), ranks.Close.empty(pairs))
             ranks.launch_resolve(queries, items, rows, scores, pairs, len(pairs), rows, rows)
-            ranks.launch_exact(queries, items, rows, scores, rows, rows, empty(1 << 28))
+            columns = Plan.of(width, queries.device, 64 << 20).columns
+            ranks.launch_exact(queries, items, rows, scores, rows, rows, empty(columns))
             ranks.pair_scores(queries, items, rows, rows)
         launches += [launch for launch in found if launch not in launches]
     return launches
@@ -165,6 +167,8 @@ def test_kernels_of_ranks_and_their_arithmetic(pool):
         found = [launch for launch in launches if launch.capability == capability]
         assert {x.kernel for x in found} == EXACT_KERNELS | {"filter_kernel", "round_rows_kernel"}
         assert all(x.fused for x in found if x.kernel in EXACT_KERNELS)
+        read = [x.arguments for x in found if x.kernel == "exact_kernel"]
+        assert read and all("q:*fp32 x:*fp32 " in arguments for arguments in read)  # 16 bytes at once
         assert {x.tensor_core for x in found if x.dots} == {FASTEST.get(capability, "mma.sync")}
         assert len([x for x in found if x.kernel == "pair_scores_kernel"]) == 3
 

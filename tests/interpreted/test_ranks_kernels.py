@@ -139,6 +139,15 @@ def test_any_workspace(workspace_bytes, calls):
     assert calls.count("filter") > 1
 
 
+@pytest.mark.parametrize("workspace_bytes", [1, 3000, 12001, 50000, 64 << 20])
+def test_columns_begin_at_16_bytes(workspace_bytes, monkeypatch):
+    """Else the kernel would read them number by number; no column is left out for it."""
+    begin, columns = [], launch.columns
+    monkeypatch.setattr(launch, "columns", lambda *args: begin.append(columns(*args)) or begin[-1])
+    check(*problem(19, 37, 21), workspace_bytes=workspace_bytes, ways=(False,))
+    assert begin and {x.data_ptr() % 16 for x in begin} == {0}
+
+
 def test_groups_of_targets_are_made_smaller(monkeypatch, calls):
     """40 targets with 4 close pairs each, in 40 x 128 scores, and room for 96."""
     monkeypatch.setattr(parts.Plan, "of", lambda *_: parts.Plan(48, 128, 96, 1 << 14))

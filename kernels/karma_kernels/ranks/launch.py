@@ -139,7 +139,8 @@ def launch_exact(queries: Tensor, items: Tensor, query_rows: Tensor, scores: Ten
                  buffer: Tensor) -> None:
     """Adds all pairs by their exact scores; each side passes through half of ``buffer``, float32, a column each."""
     tile, dim = configs.exact_tile(items.device), items.shape[1]
-    half, (rows, block) = len(buffer) // 2, (tile["BLOCK_M"], tile["BLOCK_N"])
+    half = len(buffer) // 2 // 4 * 4  # both begin at 16 bytes, which the kernel reads at once
+    rows, block = tile["BLOCK_M"], tile["BLOCK_N"]
     for t in pieces(0, len(scores), half // dim // rows * rows):
         targets = columns(queries[query_rows[t]], rows, buffer[:half])
         for p in pieces(0, len(items), half // dim // block * block):

@@ -298,7 +298,8 @@ def compile_projection(capability: int) -> list[Launch]:
                                    learned, empty(), num_tokens, 1e-6)
             with compiling_for(capability) as found:
                 out, before = fused_prompt.forward(x)
-                fused_prompt.backward(x, before, out, frozenset(("w2", "learned") if learned is not None else ("w2",)))
+                fused_prompt.backward(x, before, out, frozenset(("w2", "table", "learned"))
+                                      if learned is not None else frozenset(("w2",)))
             launches += [launch for launch in found if launch not in launches]
     return launches
 

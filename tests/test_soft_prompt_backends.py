@@ -9,8 +9,9 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 from karma_fast.model.soft_prompt import SoftPromptProjection
+from karma_fast.planning.simulated import Simulation
 from karma_kernels import embed_prompt, insert_soft_tokens, soft_prompt
-from karma_kernels.soft_prompt import op, problem, routing
+from karma_kernels.soft_prompt import chunked, op, problem, routing
 
 SIZES = [{}, {"num_tokens": 4}, {"learned": 0, "num_tokens": 3}, {"mid": 1, "width": 1, "hidden": 1},
          {"rows": 40, "length": 41, "hidden": 33, "mid": 35}, {"rows": 1, "batch": 1, "length": 1},
@@ -37,6 +38,52 @@ def test_the_definition_is_both_steps_one_after_the_other(num_tokens):
 def test_chunked_equals_the_definition(size, workspace_bytes, monkeypatch):
     monkeypatch.setattr(problem, "WORKSPACE_BYTES", workspace_bytes)
     compare(make(**size))
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 6000, 64 << 20])
+@pytest.mark.parametrize("places,count", [(1, 1), (5, 3), (301, 1), (64, 40), (17, 0), (0, 4)])
+def test_sums_where_torch_has_no_order_of_its_own(places, count, workspace_bytes, monkeypatch):
+    monkeypatch.setattr(problem, "WORKSPACE_BYTES", workspace_bytes)
+    g = torch.Generator().manual_seed(places)
+    values = torch.randn(places, 7, generator=g, dtype=torch.float64)
+    rows = torch.randint(count + 1, (places,), generator=g)
+    values[:2] = torch.nan  # stays in its row
+    expected = torch.stack([values[rows == row].sum(0) for row in range(count)]) if count else values[:0]
+    found = chunked.scanned_sums(values, rows, count, torch.float64)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_sums_of_half_precision_are_added_in_float32():
+    ones, rows = torch.ones(700, 3, dtype=torch.bfloat16), torch.arange(700) % 2
+    found = chunked.scanned_sums(ones, rows, 2, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and found.tolist() == [[350.0] * 3] * 2  # bfloat16 knows no 256 + 1
+    assert chunked.scanned_sums(ones, rows, 2, torch.float32).dtype == torch.float32
+
+
+class Watched(Simulation):
+    """A simulation that keeps the names of the operators."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.removesuffix("_"))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_no_operator_adds_in_any_order_on_a_gpu():
+    """What adds by atomics there: torch's backward of an embedding, for few rows, too."""
+    inputs = make(rows=30, length=2000, learned=1, vocabulary=3, num_tokens=2, dtype=torch.bfloat16,
+                  weights=torch.float32)
+    with Watched("cuda").entered() as simulation:
+        given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        leaves = {name: given[name].requires_grad_() for name in LEAVES}
+        embed_prompt(**given, backend="chunked").sum().backward()
+        assert all(x.grad.dtype == x.dtype and x.grad.shape == x.shape for x in leaves.values())
+    assert not simulation.names & {"aten::embedding_dense_backward", "aten::index_add", "aten::index_put",
+                                   "aten::_index_put_impl", "aten::scatter_add", "aten::scatter_reduce"}
+    assert "aten::sort" in simulation.names
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4])

@@ -146,6 +146,16 @@ def test_what_does_not_exist_is_nan(monkeypatch):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 12])
+def test_rows_of_the_table_are_added_in_float32(vocabulary):
+    """Few rows in parts, more in one; the first stands everywhere."""
+    inputs = make(batch=1, length=320, vocabulary=vocabulary, dtype=torch.bfloat16, weights=torch.float32)
+    inputs |= {"slots": torch.full((1, 320), -1), "token_ids": torch.zeros(1, 320, dtype=torch.int64)}
+    found = gradients(inputs, torch.ones(1, 320, 21), ("embedding_weight",), backend="fused")["embedding_weight"]
+    assert found.dtype == torch.bfloat16 and not found[1:].any()
+    assert found[0].tolist() == [320.0] * 21  # bfloat16 knows no 256 + 1
+
+
 def test_same_bits_twice():
     inputs = make(rows=9, length=20, num_tokens=2, dtype=torch.float32)
     once, again = (gradients(inputs, upstream(inputs), backend="fused") for _ in range(2))

@@ -80,8 +80,8 @@ def insert_soft_tokens(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding
         backend: "auto" or "reference"; :func:`embed_prompt` has faster ones, as it makes the soft tokens itself.
 
     Returns:
-        (B, T, hidden) in the dtype of ``embedding_weight``. Gradients are added in a fixed order: same inputs, same
-        bits.
+        (B, T, hidden) in the dtype of ``embedding_weight``. Same inputs, same bits, for gradients too; on a GPU torch
+        adds those of a row in several places in a fixed order only after ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         IndexError: on a CPU, a slot or a token id that does not exist. On other devices that row becomes NaN, so that
@@ -133,7 +133,8 @@ def embed_prompt(token_ids: Tensor, slots: Tensor, vectors: Tensor, norm_weight:
             and all else is float32. "auto" takes the fastest.
 
     Returns:
-        (B, T, hidden) in the dtype of ``embedding_weight``. Same inputs, same bits, for gradients too.
+        (B, T, hidden) in the dtype of ``embedding_weight``. Same inputs, same bits, for gradients too, but for those
+        of "reference" on a GPU, see :func:`insert_soft_tokens`.
 
     Raises:
         IndexError: on a CPU, a slot or a token id that does not exist. On other devices, and in a compiled function,

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..info_nce.problem import pieces
+from ..numerics import compute_dtype
 from . import problem
-from .problem import Gradients, Problem, row_sums
+from .problem import Gradients, Problem, by_row
 
 
 def forward(x: Problem) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,9 @@ def place(out: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def backward(x: Problem, before: Tensor, grad: Tensor, wanted: frozenset[str]) -> Gradients:
-    out = problem.backward(x, before, grad, wanted, functools.partial(through_norm, x, grad))
+    out = problem.backward(x, before, wanted, functools.partial(through_norm, x, grad))
+    if "table" in wanted:
+        out.table = row_sums(grad, x.text_rows, x.table.shape[0], grad.dtype)
     if "learned" in wanted:
         out.learned = sums_of(-2 - x.slots, grad, x.num_learned, x.dtype)
     return out
@@ -63,6 +66,45 @@ def backward(x: Problem, before: Tensor, grad: Tensor, wanted: frozenset[str]) -
 def sums_of(rows: Tensor, grad: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """(count, hidden) sums over the places of each row; what is no row counts nothing."""
     return row_sums(grad, torch.where((rows >= 0) & (rows < count), rows, count), count, dtype)
+
+
+def row_sums(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(N, hidden) values, (N,) row of each -> (count, hidden) sums in a fixed order; row ``count`` is left out.
+
+    Waits for no host.
+    """
+    if values.device.type != "cpu":  # there torch adds by atomics, in any order, or in half precision
+        return scanned_sums(values, rows, count, dtype)
+    add = torch.ops.aten.embedding_dense_backward
+    if values.dtype == dtype:
+        return add(values, rows, count + 1, count, False)[:count]
+    sums = torch.zeros(count + 1, values.shape[1], dtype=dtype)
+    for p in pieces(0, len(values), max(1, problem.WORKSPACE_BYTES // 4 // (values.shape[1] * dtype.itemsize))):
+        sums += add(values[p].to(dtype), rows[p], count + 1, count, False)
+    return sums[:count]
+
+
+def scanned_sums(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The same by torch's elementwise operations, which have one order only, in compute dtype, some columns at a time.
+
+    In the order of the rows each place adds what the place 1, 2, 4, ... before it holds, if that is of its row: after
+    log2(N) such steps the last place of a row has its sum.
+    """
+    out = torch.zeros(count, values.shape[1], dtype=dtype, device=values.device)
+    if len(values) == 0:
+        return out
+    order, starts = by_row(rows, count)
+    ordered, wide = rows[order].unsqueeze(1), compute_dtype(dtype)
+    last, any_place = (starts[1:] - 1).clamp_min(0), (starts[1:] > starts[:-1]).unsqueeze(1)
+    steps = [1 << i for i in range((len(values) - 1).bit_length())]
+    same = [ordered[step:] == ordered[:-step] for step in steps]
+    size = problem.WORKSPACE_BYTES // 4 // ((len(values) + count) * wide.itemsize)
+    for c in pieces(0, values.shape[1], max(1, size)):
+        sums = values[:, c].index_select(0, order).to(wide)
+        for step, near in zip(steps, same, strict=True):
+            sums[step:] += torch.where(near, sums[:-step], 0)
+        out[:, c] = torch.where(any_place, sums.index_select(0, last), 0)
+    return out
 
 
 def through_norm(x: Problem, grad: Tensor, r: slice, z: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..info_nce.configs import multiprocessors
 from ..info_nce.launch import INTERPRETED, accumulator, parts_of, precision
+from ..numerics import compute_dtype
 from . import configs, problem, routing
 from . import triton_kernels as kernels
-from .problem import Gradients, Problem
+from .problem import Gradients, Problem, by_row
 
 
 def forward(x: Problem) -> tuple[Tensor, Tensor]:
@@ -70,13 +71,12 @@ def backward(x: Problem, before: Tensor, grad: Tensor, wanted: frozenset[str]) -
     slots = x.slots.clamp(-2 - x.num_learned, x.num_soft)
     rows = torch.where(slots < -1, x.num_soft - 2 - slots, torch.where(slots == -1, last, slots))
     rows = rows.masked_fill(slots == x.num_soft, last)
-    ordered, order = rows.int().sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(last + 1, dtype=torch.int32, device=slots.device),
-                                out_int32=True)
-    places = (x, grad, order, starts)
-    out = problem.backward(x, before, grad, wanted, functools.partial(through_norm, *places))
+    order, starts = by_row(rows, last)
+    out = problem.backward(x, before, wanted, functools.partial(through_norm, x, grad, order, starts))
+    if "table" in wanted:
+        out.table = row_sums(grad, *by_row(x.text_rows, len(x.table)), 0, len(x.table), grad.dtype)
     if "learned" in wanted:
-        out.learned = learned_sums(*places)
+        out.learned = row_sums(grad, order, starts, x.num_soft, x.num_learned, x.dtype)
     return out
 
 
@@ -87,14 +87,18 @@ def through_norm(x: Problem, grad: Tensor, order: Tensor, starts: Tensor, r: sli
     return out.view(r.stop - r.start, -1)
 
 
-def learned_sums(x: Problem, grad: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """(E, hidden). One row, such as that of a token in every prompt, may have very many places: parts of them."""
-    parts = max(1, min(64, 2 * multiprocessors(grad.device) // max(1, x.num_learned)))
-    out = torch.empty((parts, x.num_learned, x.hidden), dtype=x.dtype, device=grad.device)
-    if x.num_learned:
-        kernels.row_sums_kernel[(x.num_learned, parts)](grad, order, starts, out, x.num_soft, x.hidden,
-                                                        ACC=accumulator(x.dtype), **configs.whole_row(x.hidden))
-    return out.sum(0)
+def row_sums(grad: Tensor, order: Tensor, starts: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(count, hidden) sums over the places of rows from the first on.
+
+    One row, such as that of a token in every prompt, may have very many places: where rows are few, parts of them.
+    """
+    hidden, parts = grad.shape[1], max(1, min(64, 2 * multiprocessors(grad.device) // max(1, count)))
+    wide = compute_dtype(dtype)
+    out = torch.empty((parts, count, hidden), dtype=dtype if parts == 1 else wide, device=grad.device)
+    if count:
+        kernels.row_sums_kernel[(count, parts)](grad, order, starts, out, first, hidden, ACC=accumulator(wide),
+                                                **configs.whole_row(hidden))
+    return out[0] if parts == 1 else out.sum(0).to(dtype)
 
 
 def whole_blocks(x: Tensor, size: int) -> Tensor:

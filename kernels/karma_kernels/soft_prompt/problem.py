@@ -57,6 +57,13 @@ class Problem:
     def num_learned(self) -> int:
         return 0 if self.learned is None else self.learned.shape[0]
 
+    @property
+    def text_rows(self) -> Tensor:
+        """(N,) row of the table that stands at each place; V where none does."""
+        count = self.table.shape[0]
+        real = (self.slots == -1) & (self.token_ids >= 0) & (self.token_ids < count)
+        return torch.where(real, self.token_ids, count)
+
     @cached_property
     def first_weight(self) -> Tensor:
         return self.w1.to(self.products)
@@ -108,34 +115,22 @@ class Gradients:
 NAMES = tuple(f.name for f in fields(Gradients))
 
 
-def row_sums(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """(N, hidden) values, (N,) row of each -> (count, hidden) sums in a fixed order; row ``count`` is left out.
-
-    By the backward of ``F.embedding``, which is deterministic and waits for no host. On GPUs it adds in float32.
-    """
-    add = torch.ops.aten.embedding_dense_backward
-    if values.dtype == dtype or values.device.type != "cpu":
-        return add(values, rows, count + 1, count, False)[:count].to(dtype)
-    sums = torch.zeros(count + 1, values.shape[1], dtype=dtype)
-    for p in pieces(0, len(values), max(1, WORKSPACE_BYTES // 4 // (values.shape[1] * dtype.itemsize))):
-        sums += add(values[p].to(dtype), rows[p], count + 1, count, False)
-    return sums[:count]
+def by_row(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(N,) row of each place -> places in the order of their rows, and (count + 1,) where those of each row begin."""
+    ordered, order = rows.int().sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=rows.device),
+                                out_int32=True)
+    return order, starts
 
 
-def backward(x: Problem, before: Tensor, grad: Tensor, wanted: frozenset[str],
+def backward(x: Problem, before: Tensor, wanted: frozenset[str],
              through_norm: Callable[[slice, Tensor], Tensor]) -> Gradients:
-    """(R, mid) numbers before GELU and (N, hidden) gradient -> gradients in compute dtype, but the table's.
-
-    All but that of ``learned``.
+    """(R, mid) numbers before GELU -> gradients in compute dtype, all but those of ``table`` and ``learned``.
 
     ``through_norm``: gives for rows of the vectors and their z (n * num_tokens, hidden) the gradient for z, (n,
     num_tokens * hidden) in the dtype of products.
     """
     out = Gradients()
-    if "table" in wanted:
-        count = x.table.shape[0]
-        real = (x.slots == -1) & (x.token_ids >= 0) & (x.token_ids < count)
-        out.table = row_sums(grad, torch.where(real, x.token_ids, count), count, grad.dtype)
     for name in wanted - {"table", "learned"}:
         like = getattr(x, name)
         dtype = like.dtype if name == "vectors" else x.dtype

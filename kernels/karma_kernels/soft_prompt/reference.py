@@ -28,7 +28,7 @@ def insert_rows(token_ids: Tensor, slots: Tensor, soft: Tensor, embedding_weight
     # ids are read at text tokens only: elsewhere 0 stands for them
     ids = token_ids.masked_fill(slots != -1, 0)
     bad = (ids < 0) | (ids >= embedding_weight.shape[0])
-    # F.embedding, as its backward adds repeated rows in a fixed order; plain indexing does not
+    # F.embedding, as on a CPU its backward adds repeated rows in a fixed order; that of plain indexing does not
     out = F.embedding(ids.clamp(0, embedding_weight.shape[0] - 1), embedding_weight)
     found = slots == -1
     for rows, values in places:

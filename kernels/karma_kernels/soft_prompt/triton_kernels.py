@@ -212,4 +212,5 @@ def row_sums_kernel(grad, order, starts, out, first_slot, H, ACC: tl.constexpr, 
     start += part * share
     total = sum_of_places(grad, order, start, tl.minimum(start + share, stop), columns, column_inside, H, ACC,
                           BLOCK_P, BLOCK_H)
-    tl.store(out + (part * rows + row).to(tl.int64) * H + columns, total, mask=column_inside)
+    at = (part * rows + row).to(tl.int64) * H + columns
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=column_inside)

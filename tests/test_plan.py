@@ -17,6 +17,7 @@ from karma_fast.model.backbone import load_backbone
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
 from karma_fast.planning import Planner, plan_memory, propose
+from karma_fast.planning.opaque import info_nce_workspace
 from karma_fast.planning.optimiser import state_bytes
 from karma_fast.planning.simulated import Simulation
 from karma_fast.planning.workload import Tokens, Workload
@@ -235,6 +236,83 @@ def test_memory_is_recorded_by_storage():
         del view
     assert [block.bytes for block in simulation.blocks if block.bytes] == [4096]
     assert simulation.blocks[0].died is not None
+
+
+class Silent:
+    """Kernels whose launches do nothing."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def most_of(simulation: Simulation) -> int:
+    """Bytes in use at most since the start of the record."""
+    change = np.zeros(simulation.events + 1, dtype=np.int64)
+    for block in simulation.blocks:
+        change[block.born] += block.bytes
+        if block.died is not None:
+            change[block.died] -= block.bytes
+    return int(change.cumsum().max())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows,keys,width", [(8192, 8192, 256), (4096, 40_000, 64), (4000, 4000, 100),
+                                             (2000, 2000, 1024)])
+def test_the_loss_takes_what_is_counted_for_it(rows, keys, width, dtype, symmetric, monkeypatch):
+    """The launch code on tensors without values, with kernels that do nothing."""
+    pytest.importorskip("triton")
+    from karma_kernels.info_nce import fused, launch, library, op, staged
+    from karma_kernels.info_nce.problem import Wanted
+    from karma_kernels.info_nce.routing import library_tile
+
+    for module in (fused, launch, staged):
+        monkeypatch.setattr(module, "kernels", Silent())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=108))
+
+    def predicted(outputs: int, gradients: int) -> int:
+        return outputs + info_nce_workspace(query, key, symmetric, gradients, 64 << 20)
+
+    with Simulation("cuda").entered() as simulation:
+        query, key = (torch.empty(n, width, dtype=dtype, device="cuda") for n in (rows, keys))
+        ids = [torch.zeros(n, dtype=torch.int64, device="cuda") for n in (rows, keys)]
+        x = op.problem(query, key, torch.arange(rows, device="cuda"), torch.ones((), device="cuda"), *ids,
+                       torch.zeros(keys, device="cuda"), symmetric, False, 64 << 20)
+        saved, weights = torch.empty(6 if symmetric else 3, rows, device="cuda"), torch.empty(rows, device="cuda")
+        simulation.forget()
+        library.backward(x, saved, weights, Wanted(True, True, True, True))
+        found, expected = most_of(simulation), predicted(query.nbytes + key.nbytes, 15)
+        assert found <= 1.01 * expected < 1.1 * found
+        simulation.forget()
+        library.forward(x, Wanted(False, False, False, False))
+        found, expected = most_of(simulation), predicted(0, 0)
+        assert found <= 1.01 * expected < 1.1 * found
+        if library_tile(rows, keys, dtype.itemsize, symmetric, 64 << 20)[2]:  # gradients in float32
+            simulation.forget()
+            library.forward(x, Wanted(True, True, True, True))
+            assert most_of(simulation) <= 1.01 * predicted(4 * (query.numel() + key.numel()), 15)
+        if dtype == torch.bfloat16:
+            simulation.forget()
+            fused.backward(x, saved, weights, Wanted(True, True, True, True))
+            assert most_of(simulation) <= 1.05 * predicted(query.nbytes + key.nbytes, 15)
+
+
+def test_what_an_operator_takes_and_its_outputs_are_in_use_together():
+    def peak(device: str, places: int) -> int:
+        with Simulation(device).entered() as simulation:
+            table = torch.zeros(700, 512, device=device, requires_grad=True)
+            index = torch.zeros(places, dtype=torch.int64, device=device)
+            out, grad = torch.nn.functional.embedding(index, table), torch.zeros(places, 512, device=device)
+            simulation.forget()
+            out.backward(grad)
+            return most_of(simulation)
+
+    sums = 4096 // 10 + 700  # of torch's backward on a GPU
+    assert peak("cpu", 4096) == peak("cuda", 3072) == 4 * 700 * 512
+    assert 0 <= peak("cuda", 4096) - 4 * (700 + sums) * 512 < 0.1 * 4 * sums * 512
 
 
 def test_values_of_whole_numbers_are_known_and_others_are_not():

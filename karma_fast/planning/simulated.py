@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .gpu import ASSUMED_CAPABILITY, DevicesForCpp, as_on_a_gpu
-from .opaque import body_of, workspace_of
+from .opaque import EMBEDDING_BACKWARD, body_of, workspace_of
 
 aten = torch.ops.aten
 KEPT_WHOLE_NUMBERS = 1 << 23  # elements of a tensor of whole numbers whose values are kept
@@ -183,17 +183,18 @@ class Simulation(TorchDispatchMode):
                 return body(*args, **kwargs)
         inner = [x.inner if isinstance(x, SimulatedTensor) else x for x in flat]
         temporary = None
-        if func.namespace != "aten":
+        if func.namespace != "aten" or func is EMBEDDING_BACKWARD and self.place.type == "cuda":
             args, kwargs = tree_unflatten(inner, spec)
             temporary = self.take(workspace_of(func, args, kwargs))
         out = self._run(func, inner, flat, spec)
-        if temporary is not None:
-            self.release(temporary)
 
         def wrapped(x):  # an operator that works in place returns its argument
             return x if not isinstance(x, Tensor) else outer.get(id(x)) if id(x) in outer else self.wrap(x)
 
-        return wrapped(out) if isinstance(out, Tensor) else tree_map(wrapped, out)
+        out = wrapped(out) if isinstance(out, Tensor) else tree_map(wrapped, out)
+        if temporary is not None:  # in use until the outputs are there
+            self.release(temporary)
+        return out
 
     def _places(self, index: SimulatedTensor | None) -> list:
         """A mask of known values as what it means: the places where it is true."""

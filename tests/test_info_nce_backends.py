@@ -1,6 +1,7 @@
 """The chunked implementation against the definition, and the operator under autograd, torch.compile and the rest."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.autograd import forward_ad
 from karma_fast import InfoNCELoss
 from karma_kernels import info_nce
 from karma_kernels.info_nce import chunked, op, routing
+from karma_kernels.ranks import on_gpu
+from karma_kernels.soft_prompt import routing as prompts
 
 # labels, ids (2: of two kinds), log_q, symmetric, normalize
 FLAGS = list(itertools.product([False, True], [False, True, 2], *[[False, True]] * 3))
@@ -322,3 +325,21 @@ def test_automatic_choice():
     assert routing.route(few, few, torch.float32, cpu) == "reference"
     assert routing.route(many, many, torch.float32, cpu) == "chunked"
     assert routing.route(many, many, torch.float32, torch.device("mps")) == "reference"
+
+
+@pytest.mark.parametrize("cuda,card,half,full,module", [
+    ("12.8", (9, 0), "fused", "chunked", "library"), ("12.8", (7, 5), "chunked", "chunked", "library"),
+    ("12.8", (7, 0), "chunked", "chunked", "chunked"), (None, (9, 4), "chunked", "chunked", "chunked")])
+def test_automatic_choice_on_gpus(cuda, card, half, full, module, monkeypatch):
+    """torch calls those of AMD "cuda" too; the kernels are written and compiled for those of NVIDIA."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card)
+    gpu, many = torch.device("cuda", 0), 1 << 13
+    assert routing.route(many, many, torch.bfloat16, gpu) == half
+    assert routing.route(many, many, torch.float32, gpu) == full
+    assert routing.module_of("chunked", gpu, torch.float32) == module
+    assert routing.module_of("chunked", gpu, torch.float64) == "chunked"
+    assert prompts.route(torch.bfloat16, 100, 576, gpu) == half
+    assert prompts.route(torch.float64, 100, 576, gpu) == "chunked"
+    assert on_gpu(SimpleNamespace(device=gpu)) == (module == "library")

@@ -29,21 +29,25 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def by_triton(device: torch.device, least: tuple[int, int]) -> bool:
+    """Whether the Triton kernels serve: on NVIDIA GPUs (AMD's are "cuda" too) of this compute capability or later."""
+    return (device.type == "cuda" and torch.version.cuda is not None and has_triton()
+            and capability(device.index or 0) >= least)
+
+
 def route(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> str:
     """"reference", "chunked" or "fused"."""
     if device.type not in PLAIN_SCORES or rows * keys <= PLAIN_SCORES[device.type]:
         return "reference"
     # on older cards Triton's products are plain multiply-adds
-    if device.type == "cuda" and dtype.itemsize == 2 and has_triton() and capability(device.index or 0) >= (8, 0):
-        return "fused"
-    return "chunked"
+    return "fused" if dtype.itemsize == 2 and by_triton(device, (8, 0)) else "chunked"
 
 
 def module_of(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What computes: "chunked" in plain torch, "library" (chunked with Triton's epilogue) or "fused"."""
-    if backend != "chunked" or device.type != "cuda" or dtype == torch.float64 or not has_triton():
+    if backend != "chunked" or dtype == torch.float64:
         return backend
-    return "library" if capability(device.index or 0) >= (7, 5) else "chunked"  # the oldest that Triton compiles for
+    return "library" if by_triton(device, (7, 5)) else "chunked"  # the oldest that Triton compiles for
 
 
 def forms_gradients(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..info_nce.routing import capability, has_triton
+from ..info_nce.routing import by_triton
 from . import reference
 
 __all__ = ["count_ranks", "pair_scores"]
@@ -100,13 +100,12 @@ def count_ranks(queries: Tensor, items: Tensor, query_rows: Tensor, scores: Tens
     with torch.cuda.device(queries.device):
         # Triton has no tensor core products for older cards
         return parts.count_ranks(queries, items, query_rows.contiguous(), scores.contiguous(), workspace_bytes,
-                                 filtered=capability(queries.device.index or 0) >= (8, 0))
+                                 filtered=by_triton(queries.device, (8, 0)))
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels can serve: by NVIDIA, for whose arithmetic the bounds hold, of 7.5 or later."""
-    return (x.device.type == "cuda" and torch.version.cuda is not None and has_triton()
-            and capability(x.device.index or 0) >= (7, 5))
+    return by_triton(x.device, (7, 5))
 
 
 def check_tables(queries: Tensor, items: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..info_nce.routing import capability, has_triton
+from ..info_nce.routing import by_triton
 
 WIDEST = 16384  # numbers of a row that a Triton program holds at once
 # Up to so many numbers before the second layer, a vector, the Triton kernels form the tokens twice, for their lengths
@@ -27,9 +27,7 @@ def route(dtype: torch.dtype, num_soft: int, hidden: int, device: torch.device) 
     if device.type != "cuda":
         return "chunked" if device.type == "cpu" and num_soft * hidden > PLAIN_NUMBERS else "reference"
     # on older cards Triton's products are plain multiply-adds
-    if fits(dtype, hidden) and has_triton() and capability(device.index or 0) >= (8, 0):
-        return "fused"
-    return "chunked"
+    return "fused" if fits(dtype, hidden) and by_triton(device, (8, 0)) else "chunked"
 
 
 def products_of(backend: str, dtype: torch.dtype) -> torch.dtype:

@@ -11,8 +11,10 @@ from info_nce_inputs import gradients, make
 from torch.autograd import forward_ad
 
 from karma_fast import InfoNCELoss
+from karma_fast.planning.simulated import Simulation
 from karma_kernels import info_nce
 from karma_kernels.info_nce import chunked, op, routing
+from karma_kernels.numerics import add_product, product
 from karma_kernels.ranks import on_gpu
 from karma_kernels.soft_prompt import routing as prompts
 
@@ -318,6 +320,41 @@ def test_no_rows(keys, symmetric, reduction):
     loss.backward()
     assert loss.item() == 0
     assert all(x.grad is not None and not x.grad.any() for x in tensors)
+
+
+class Products(Simulation):
+    """A simulation that keeps which products were formed, and of what."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        super().__init__("cuda", capability)
+        self.formed: list[tuple] = []  # (name, whether to a dtype that is asked for, dtypes of the factors)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname.startswith(("mm", "addmm")):
+            factors = [x.dtype for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.formed.append((func._opname.rstrip("_"), func._overloadname.startswith("dtype"), *factors))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype,card,setting,narrow", [
+    (torch.float16, (7, 5), None, True), (torch.float16, (9, 0), "accumulation", False),
+    (torch.bfloat16, (8, 0), None, True), (torch.bfloat16, (9, 0), "accumulation", True),
+    (torch.bfloat16, (7, 5), None, False), (torch.float16, (9, 0), "tuned", False)])
+def test_products_with_float32_sums_on_a_gpu(dtype, card, setting, narrow, monkeypatch):
+    """Where torch refuses to form them of narrow numbers, they are converted first."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = setting == "accumulation"
+    try:
+        with Products(card).entered() as simulation:
+            if setting == "tuned":
+                monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: True)
+            a, out = torch.ones(4, 100, dtype=dtype, device="cuda"), torch.ones(4, 4, device="cuda")
+            assert product(a, a.T, torch.float32).dtype == torch.float32
+            product(a, a.T, torch.float32, out)
+            add_product(out, a, a.T)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    kinds = (dtype, dtype) if narrow else (torch.float32, torch.float32)
+    assert simulation.formed == [(name, narrow, *kinds) for name in ("mm", "mm", "addmm")]
 
 
 def test_automatic_choice():

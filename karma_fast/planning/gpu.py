@@ -68,6 +68,7 @@ def as_on_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
                 (torch, "set_autocast_enabled", lambda device, enabled: set_enabled(cpp(device), enabled)),
                 (torch, "set_autocast_dtype", lambda device, dtype: set_dtype(cpp(device), dtype)),
                 (torch.version, "cuda", torch.version.cuda or "12.6"),  # by NVIDIA
+                (torch.cuda.tunable, "is_enabled", lambda: False),
                 (torch.cuda, "get_rng_state", lambda *_: None),
                 (torch.cuda, "set_rng_state", lambda *_: None),
                 (torch.cuda, "device", lambda *_: contextlib.nullcontext()),

@@ -59,7 +59,7 @@ DATA: dict[str, DataSet] = {data.name: data for data in (
     DataSet("beauty", 4, "all", 1024, 128, model=BEAUTY),
     DataSet("beauty-queries", 4, "last", 96, 60, queries=True, model=BEAUTY),
     # words, so that row no-llm owes a language model nothing; with its states of the texts all was the same
-    DataSet("ml-100k", 30, "all", 640, 100, model={"text_vectors": "words"}),
+    DataSet("ml-100k", 30, "all", 640, 100, model={"text_vectors": "words"}, sasrec={"dim": 128, "dropout": 0.3}),
 )}
 
 # two CPU cores, minutes a row: the demo's model and weights

@@ -4,7 +4,8 @@
 keeps what it compiled in pytest's cache, under the hash of source, compiler and options; --cache-clear empties it.
 
 All architectures: bfloat16 with all options and with none, over all widths. All but 8.9, which compiles as 8.6 does:
-ragged ends, TF32. Some: float16, exact float32, mixed options, odd widths, one row, more than 2**31 elements.
+ragged ends, TF32. Some: float16, exact float32, mixed options, odd widths, one row, more than 2**31 elements. For 7.5,
+on which only kernels without products run, those.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from karma_kernels.soft_prompt import fused as fused_prompt  # noqa: E402
 from karma_kernels.soft_prompt import op as projection  # noqa: E402
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+OLDEST = 75  # Triton has no tensor cores for it
 FASTEST = {90: "wgmma", 100: "tcgen05"}  # elsewhere mma.sync
 WIDTHS = (32, 64, 128, 256, 512, 768, 1024, 2048, 4096)
 FLAGS = ("ids", "log_q", "normalize", "symmetric")
@@ -68,10 +70,11 @@ BATCHES = [
     *(Batch(90, "bfloat16", flags, LARGE) for flags in (ALL, NONE)),
     *(Batch(90, "bfloat16", frozenset(flags), SQUARE[2:5:2]) for flags in MIXED),
     *(Batch(sm, "bfloat16", frozenset({"ids", TWO, "log_q"}), SQUARE[1:6:2]) for sm in ARCHITECTURES),  # KarmaModel's
-    Batch(90, "bfloat16", ALL | {TWO}, SQUARE[3:4]),
+    *(Batch(sm, "bfloat16", ALL | {TWO}, SQUARE[3:4]) for sm in (90, 120)),
     *(Batch(sm, "float16", ALL, SQUARE[2:5:2]) for sm in ARCHITECTURES),
     *(Batch(sm, "tf32", ALL, SQUARE[1:5]) for sm in ARCHITECTURES),
-    *(Batch(sm, "ieee", ALL, SQUARE[1:5]) for sm in (80, 90)),
+    *(Batch(sm, "ieee", ALL, SQUARE[1:5]) for sm in (80, 86, 90, 120)),
+    *(Batch(OLDEST, kind, ALL, SQUARE[3:4]) for kind in ("float16", "bfloat16", "ieee")),
 ]
 
 
@@ -91,7 +94,7 @@ def compile_batch(batch: Batch) -> list[Launch]:
                        empty(rows, dtype=torch.int64), empty(), *ids, log_q, "symmetric" in batch.flags,
                        "normalize" in batch.flags, 64 << 20)
         wanted = Wanted(query=True, key=True, scale=True, log_q=log_q is not None)
-        for implementation in (fused, library):
+        for implementation in (library,) if batch.capability == OLDEST else (fused, library):
             with compiling_for(batch.capability) as found:
                 _, saved, _ = implementation.forward(x, wanted)
                 implementation.backward(x, saved, empty(rows), wanted)
@@ -126,11 +129,13 @@ def compiled(pool, request):
 def test_kernels_fit_do_not_spill_and_use_tensor_cores(batch, compiled):
     launches = compiled[batch].result()
     found = {launch.kernel for launch in launches}
+    oldest = batch.capability == OLDEST
     assert found >= KERNELS - ({"gradient_rows_kernel", "gradient_tile_kernel"} if batch.shapes != SQUARE else set())
+    assert not oldest or not any(launch.dots for launch in launches)
     bad = [launch for launch in launches if launch.problems()]
     problems = sorted({problem for launch in bad for problem in launch.problems()})
     assert not bad, "\n".join([*problems, table(bad)])
-    if batch.kind in ("bfloat16", "float16"):
+    if batch.kind in ("bfloat16", "float16") and not oldest:
         kinds = {launch.tensor_core for launch in launches if launch.dots}
         assert kinds == {FASTEST.get(batch.capability, "mma.sync")}
 
@@ -144,12 +149,13 @@ def compile_ranks(capability: int) -> list[Launch]:
     for width, kind in ((64, torch.float32), (256, torch.float32), (1024, torch.bfloat16), (101, torch.float32)):
         queries, items, scores = empty(20000, width, dtype=kind), empty(60000, width, dtype=kind), empty(20000)
         with compiling_for(capability) as found:
-            tile, buffer = configs.filter_tile(queries.device), empty(1 << 28, dtype=torch.float16)
-            targets = ranks.Copies.of(queries, rows, scores, tile.targets, buffer)
-            copies = ranks.Copies.of(items, None, scores[:1], tile.items, buffer)
-            limits = ranks.Thresholds.of(scores, targets, copies, width, tile.items)
-            ranks.launch_filter(targets.values, copies, limits, len(items), rows.int(), ranks.Close.empty(pairs))
-            ranks.launch_resolve(queries, items, rows, scores, pairs, len(pairs), rows, rows)
+            if capability != OLDEST:
+                tile, buffer = configs.filter_tile(queries.device), empty(1 << 28, dtype=torch.float16)
+                targets = ranks.Copies.of(queries, rows, scores, tile.targets, buffer)
+                copies = ranks.Copies.of(items, None, scores[:1], tile.items, buffer)
+                limits = ranks.Thresholds.of(scores, targets, copies, width, tile.items)
+                ranks.launch_filter(targets.values, copies, limits, len(items), rows.int(), ranks.Close.empty(pairs))
+                ranks.launch_resolve(queries, items, rows, scores, pairs, len(pairs), rows, rows)
             columns = Plan.of(width, queries.device, 64 << 20).columns
             ranks.launch_exact(queries, items, rows, scores, rows, rows, empty(columns))
             ranks.pair_scores(queries, items, rows, rows)
@@ -159,17 +165,19 @@ def compile_ranks(capability: int) -> list[Launch]:
 
 def test_kernels_of_ranks_and_their_arithmetic(pool):
     """Besides the rest: where scores decide, nothing but fma.rn.f32 touches a float32."""
-    launches = [launch for found in pool.map(compile_ranks, ARCHITECTURES) for launch in found]
+    launches = [launch for found in pool.map(compile_ranks, (OLDEST, *ARCHITECTURES)) for launch in found]
     print(f"\n{table(launches)}")
     bad = [launch for launch in launches if launch.problems()]
     assert not bad, table(bad)
-    for capability in ARCHITECTURES:
+    for capability in (OLDEST, *ARCHITECTURES):
         found = [launch for launch in launches if launch.capability == capability]
-        assert {x.kernel for x in found} == EXACT_KERNELS | {"filter_kernel", "round_rows_kernel"}
+        filtered = {"filter_kernel", "round_rows_kernel", "resolve_kernel"} if capability != OLDEST else set()
+        cores = {FASTEST.get(capability, "mma.sync")} if filtered else set()
+        assert {x.kernel for x in found} == {"pair_scores_kernel", "exact_kernel"} | filtered
         assert all(x.fused for x in found if x.kernel in EXACT_KERNELS)
         read = [x.arguments for x in found if x.kernel == "exact_kernel"]
         assert read and all("q:*fp32 x:*fp32 " in arguments for arguments in read)  # 16 bytes at once
-        assert {x.tensor_core for x in found if x.dots} == {FASTEST.get(capability, "mma.sync")}
+        assert {x.tensor_core for x in found if x.dots} == cores
         assert len([x for x in found if x.kernel == "pair_scores_kernel"]) == 3
 
 
@@ -278,7 +286,8 @@ def test_everything_is_put_back(pool):
 
 
 PROJECTIONS = (*((256, 256, hidden, 1) for hidden in (576, 1536, 2048, 4096)),  # in, mid, hidden, num_tokens
-               (704, 704, 576, 4), (13, 100, 577, 3))  # through the workspace; nothing is aligned
+               (704, 704, 576, 4), (13, 100, 577, 3),  # through the workspace; nothing is aligned
+               (704, 704, 4096, 1), (704, 704, 16384, 1))  # the widest rows that a program holds
 
 
 def compile_projection(capability: int) -> list[Launch]:

@@ -40,7 +40,7 @@ PLAIN = {"small": (Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3)),
          "hopper": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3)),
          "blackwell": (Config(128, 128, 32, 8, 3), Config(128, 128, 64, 8, 3))}
 # both, for inputs of 4 bytes, with TF32 or without
-FLOAT32 = {"small": Config(64, 64, 16, 8, 3), "ampere": Config(64, 64, 16, 8, 3), "hopper": Config(64, 64, 16, 8, 3),
+FLOAT32 = {"small": Config(64, 64, 16, 8, 2), "ampere": Config(64, 64, 16, 8, 3), "hopper": Config(64, 64, 16, 8, 3),
            "blackwell": Config(64, 64, 32, 8, 2)}
 # scores come from memory; read ahead they would take more registers than there are
 EPILOGUE = Config(32, 128, 16, 8, 1)

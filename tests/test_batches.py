@@ -70,11 +70,13 @@ def test_hard_negatives_are_extra_keys_with_their_log_q_and_raise_the_loss(tiny_
     log_q = torch.from_numpy(log_sampling_probability(plain, tiny_data.split, 40))
     assert torch.equal(with_them.log_q, log_q[with_them.keys])
     assert model(with_them).parts.act > model(without).parts.act
-    # what its user takes elsewhere in the batch is a target of his like any other, and no negative of his
-    users, taken = with_them.key_users[:pairs].tolist(), with_them.keys[:pairs].tolist()
-    whose, own = np.repeat(users, 2).tolist(), set(zip(users, taken, strict=True))
-    wanted = [user if (user, item) in own else -1 for user, item in
-              zip(whose, with_them.keys[pairs:].tolist(), strict=True)]
+    # what its user takes elsewhere in the window is a target of his like any other, and no negative of his
+    starts, ends = training_windows(plain, tiny_data.split, model.config.max_history, model.config.positions)
+    window = np.repeat(np.arange(3), ends[:3] - starts[:3] - 1)
+    taken = set(zip(window.tolist(), with_them.keys[:pairs].tolist(), strict=True))
+    wanted = [user if (place, item) in taken else -1 for user, place, item in
+              zip(np.repeat(with_them.key_users[:pairs], 2).tolist(), np.repeat(window, 2).tolist(),
+                  with_them.keys[pairs:].tolist(), strict=True)]
     assert with_them.key_users[pairs:].tolist() == wanted and len(set(wanted)) > 1 and -1 in wanted
     limited = KarmaCollator(model.config, model.prompts, shown, None, max_hard_negatives=1)
     starts, ends = training_windows(plain, tiny_data.split, model.config.max_history, "all")

@@ -70,8 +70,8 @@ class Collator:
 
     def __call__(self, windows: Iterable[tuple[int, int]]) -> dict:
         events, queries, texts = self.sequences.items, self.sequences.queries, self.prompts.texts
-        batch, targets, decoded, windows = defaultdict(list), [], 0, list(windows)
-        for start, end in windows:
+        batch, targets, window_of, decoded, windows = defaultdict(list), [], [], 0, list(windows)
+        for window, (start, end) in enumerate(windows):
             query = "" if queries is None or queries[end - 1] < 0 else self.sequences.query_texts[queries[end - 1]]
             first = start + 1 if self.config.positions == "all" else end - 1  # target of the first pair
             looked_at = self.ours._random(start, end).random() < self.config.decode_share
@@ -84,12 +84,13 @@ class Collator:
                     batch["decode_pairs"].append(len(targets) + pair)
                     batch["decode_texts"].append(torch.tensor(texts[events[first + pair]]))
             targets += range(first, end)
+            window_of += [window] * (end - first)
             decoded += min(self.config.decode_positions, end - first)
         positives = torch.from_numpy(events[targets].astype(np.int64))
         users = self.sequences.user_of(targets).tolist()
-        taken = set(zip(users, positives.tolist(), strict=True))
-        hard = [(item, user if (user, item) in taken else -1)
-                for user, items in zip(users, self.hard_negatives(targets), strict=True) for item in items]
+        taken = set(zip(window_of, positives.tolist(), strict=True))
+        hard = [(item, user if (window, item) in taken else -1) for user, window, items in
+                zip(users, window_of, self.hard_negatives(targets), strict=True) for item in items]
         keys = torch.cat([positives, torch.tensor([item for item, _ in hard], dtype=torch.int64)])
         log_q = None if self.ours.log_q is None else torch.from_numpy(self.ours.log_q)[keys]
         return {**{name: batch[name] for name in ("heads", "histories", "texts", "decode_texts")},

@@ -65,7 +65,7 @@ class KarmaBatch(StepBatch):
     key_items: Tensor  # (U,) distinct rows of the features
     key_index: Tensor  # (N,) place in key_items: of the P positives, then of hard negatives
     keys: Tensor  # (N,) catalogue indices; key_items[key_index] are their rows of the features
-    key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives that their user never takes
+    key_users: Tensor  # (N,) whose target a key is; -1 of hard negatives, but for targets of the same window
     log_q: Tensor | None  # (N,) float32
     decode_pairs: Tensor  # (S,) pairs that L_rec and L_vis look at
     decode: list[DecodeChunk]  # their target texts, for L_rec
@@ -224,9 +224,10 @@ class KarmaCollator:
         pair_of = np.concatenate([np.arange(len(positives)),
                                   np.repeat(np.arange(len(positives)), [len(h) for h in hard] or 0)])
         key_users = np.repeat(users, targets)[pair_of]
-        # shown and not chosen, but chosen elsewhere in the batch: a target of its user like any other
-        of_user = key_users * (keys.max() + 1) + keys
-        key_users[len(positives):][~np.isin(of_user[len(positives):], of_user[:len(positives)])] = -1
+        # shown and not chosen, but chosen elsewhere in the window: a target of its user like any other; in the window,
+        # as the other windows of the batch may be another process's
+        in_window = np.repeat(np.arange(len(ends)), targets)[pair_of] * (keys.max() + 1) + keys
+        key_users[len(positives):][~np.isin(in_window[len(positives):], in_window[:len(positives)])] = -1
         first = np.zeros(len(users), np.int64) if self.first_rows is None else self.first_rows[users]
         key_items, key_index = np.unique(keys + np.repeat(first, targets)[pair_of], return_inverse=True)
         pairs = self._decode_pairs(starts, ends, targets, looked_at)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, KarmaConfig
-from .packing import EMB, TEXT, OfTensors, Packed, TextTargets, spans
+from .flat import spans
+from .packing import EMB, TEXT, OfTensors, Packed, TextTargets
 from .schema import Items, Sequences, Split
 
 LATEST = 10  # items of a history that the mean of the latest ones looks at

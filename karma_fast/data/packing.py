@@ -108,13 +108,3 @@ class TextTargets(OfTensors):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Whole numbers from each start on, as many as its length says, one span after the other.
-
-    >>> spans(np.array([10, 3]), np.array([2, 3]))
-    array([10, 11,  3,  4,  5])
-    """
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

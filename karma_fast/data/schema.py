@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .flat import numbered
+
 
 class DataError(ValueError):
     """Bad data. The message reads ``FILE, line N, column C: what is wrong; what to do``."""
@@ -127,10 +129,8 @@ class Sequences:
         """
         positions = np.asarray(positions, np.int64)
         first = self.indptr[self.user_of(positions)]
-        lengths = positions - first
-        row = np.repeat(np.arange(len(positions)), lengths)
-        place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
-        same = self.items[place] == self.items[positions][row]
+        row, nth = numbered(positions - first)
+        same = self.items[first[row] + nth] == self.items[positions][row]
         return np.bincount(row[same], minlength=len(positions)) > 0
 
     @property

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from .flat import numbered
 from .schema import Sequences, Split
 
 ONE_USER = ("all training windows are of one user, whose targets are never each other's negatives: L_act would be 0; "
@@ -45,11 +46,11 @@ def training_windows(sequences: Sequences, split: Split, max_history: int, posit
     targets = np.maximum(last - first - 1, 0)  # events with a predecessor
     if positions == "last":
         counts = np.maximum(targets - (min_history - 1), 0)
-        user, nth = _repeat(counts)
+        user, nth = numbered(counts)
         ends = first[user] + min_history + nth + 1
         return np.maximum(first[user], ends - 1 - max_history), ends
     counts = -(-targets // max_history)
-    user, nth = _repeat(counts)
+    user, nth = numbered(counts)
     ends = last[user] - (counts[user] - 1 - nth) * max_history
     starts = np.maximum(first[user], ends - max_history - 1)
     keep = ends - starts > min_history
@@ -77,10 +78,3 @@ def negatives_of(windows: int, pairs: float, hard: float = 0) -> int:
     (76, 266)
     """
     return round(pairs * (max(0, windows - 1) + hard * windows))
-
-
-def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """counts (U,) -> for each of the sum(counts) entries: its user and its number within the user, int64."""
-    user = np.repeat(np.arange(len(counts)), counts)
-    offsets = np.cumsum(counts) - counts
-    return user, np.arange(len(user)) - offsets[user]

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.flat import spans
+
 Csr = tuple[np.ndarray, np.ndarray]
 
 
@@ -32,8 +34,7 @@ def csr_ranges(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Csr:
     if (lengths < 0).any():
         raise ValueError(f"range {int(np.argmax(lengths < 0))} ends before it starts")
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    places = np.arange(indptr[-1]) - np.repeat(indptr[:-1] - starts, lengths)
-    return indptr, np.asarray(values)[places].astype(np.int64)
+    return indptr, np.asarray(values)[spans(starts, lengths)].astype(np.int64)
 
 
 def csr_rows(csr: Csr, start: int, stop: int) -> Csr:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...data.batches import QUERY_TEMPLATE, StepBatch, query_of
-from ...data.packing import EMB, TEXT, OfTensors, Packed, spans
+from ...data.flat import spans
+from ...data.packing import EMB, TEXT, OfTensors, Packed
 from ...data.schema import Items
 from ...data.schema import Sequences as UserSequences
 from .config import RaRecConfig

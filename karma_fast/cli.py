@@ -210,11 +210,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                     "training part of the events; the mix's weights and SASRec's epoch are\nchosen on the validation "
                     f"requests.\n\n{section_help(DataConfig)}", True)
     baselines.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
-    for command, else_missed in ((evaluate, "; such a target is missed"), (baselines, "; such a target is missed"),
-                                 (recommend, "")):
+    for command in (evaluate, baselines, recommend):
+        counted = "" if command is recommend else "; such a target is missed"
         masked = command.add_mutually_exclusive_group()
         masked.add_argument("--masked", dest="masked", action="store_true", default=True,
-                            help=f"leave out what the user chose before{else_missed} (default)")
+                            help=f"leave out what the user chose before{counted} (default)")
         masked.add_argument("--unmasked", dest="masked", action="store_false", help="rank all items")
     baselines.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
     baselines.add_argument("--no-sasrec", action="store_true", help="only what needs no training")

@@ -16,7 +16,7 @@ from karma_fast.baselines.rows import DEFAULT, rank_requests, request_scorer
 from karma_fast.baselines.scorers import item_knn, popularity, tf_idf, transitions
 from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.evaluation.csr import seen_before
-from karma_fast.evaluation.held_out import held_out_ranks, seen_rule
+from karma_fast.evaluation.held_out import held_out_ranks, ranking_rule
 
 TITLES = ["Red shoe", "blue SHOE, blue", "", "tea (1995)", "green tea", "Red tea pot", "shoe"]
 TEXTS = [f"{title} | {kind}" for title, kind in zip(TITLES, ["shoes", "shoes", "", "food", "food", "home", "shoes"],
@@ -134,9 +134,12 @@ def test_a_target_chosen_before_is_no_hit_among_unseen_items(masked):
     limited = held_out_ranks(data.sequences, data.split.test, near.astype(np.float32), vectors, mask_seen=masked,
                              largest_k=2)
     assert limited.greater.tolist() == ([2, 0, 2] if masked else [0, 2, 0])
-    assert seen_rule(data.sequences, data.split.test, masked) == (
-        "seen items left out (2 targets chosen before count as missed)" if masked else "seen items kept")
-    assert seen_rule(data.sequences, data.split.test[1:2], True) == "seen items left out"
+    data.name, ranked = "shop", "ranked against all 7 items"
+    assert ranking_rule(data, data.split.test, masked) == f"shop: 3 requests {ranked}, " + (
+        "seen items left out (2 targets chosen before count as missed)" if masked else "seen items kept"
+    ) + ", ties count half"
+    assert ranking_rule(data, data.split.test[1:2], True) == f"shop: 1 requests {ranked}, seen items left out, " \
+        "ties count half"
 
 
 def test_rows():

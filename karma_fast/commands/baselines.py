@@ -121,11 +121,10 @@ def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, conf
 
 def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
     """One line to print beside the table."""
-    from ..evaluation.held_out import seen_rule
+    from ..evaluation.held_out import ranking_rule
 
-    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
-            f"{seen_rule(data.sequences, positions, masked)}, ties count half; statistics and weights from "
-            f"the training part alone, all events before the target are history; {data.split.description}")
+    return (f"{ranking_rule(data, positions, masked)}; statistics and weights from the training part alone, all "
+            f"events before the target are history; {data.split.description}")
 
 
 def remarks(found: dict[str, Any]) -> str:

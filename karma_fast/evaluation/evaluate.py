@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.batches import request
 from ..data.schema import Dataset
-from .held_out import held_out_ranks, seen_rule
+from .held_out import held_out_ranks, ranking_rule
 from .metrics import ranking_metrics
 
 if TYPE_CHECKING:
@@ -43,6 +43,5 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
 
 def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True) -> str:
     """One line to print beside every number."""
-    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, "
-            f"{seen_rule(data.sequences, positions, mask_seen)}, ties count half, the model reads the last "
-            f"{max_history} items; {data.split.description}")
+    return (f"{ranking_rule(data, positions, mask_seen)}, the model reads the last {max_history} items; "
+            f"{data.split.description}")

@@ -30,9 +30,11 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
     return ranks.missed(sequences.chosen_before(positions))
 
 
-def seen_rule(sequences: Any, positions: np.ndarray, mask_seen: bool) -> str:
-    """The rule in words, beside a table."""
-    if not mask_seen:
-        return "seen items kept"
-    repeated = int(sequences.chosen_before(positions).sum())
-    return "seen items left out" + (f" ({repeated:,} targets chosen before count as missed)" if repeated else "")
+def ranking_rule(data: Any, positions: np.ndarray, mask_seen: bool) -> str:
+    """What was ranked and how, beside a table. data: :class:`karma_fast.data.Dataset`."""
+    rule = "seen items left out" if mask_seen else "seen items kept"
+    repeated = int(data.sequences.chosen_before(positions).sum()) if mask_seen else 0
+    if repeated:
+        rule += f" ({repeated:,} targets chosen before count as missed)"
+    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, {rule}"
+            ", ties count half")

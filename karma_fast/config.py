@@ -168,7 +168,8 @@ class KarmaConfig(ModelConfig):
     num_soft_tokens: int = 4  # K, soft tokens through which L_rec decodes an interest embedding
     positions: Literal["last", "all"] = "all"
     history_shortcut: bool = True  # u also gets a learned mean of the latest items, past the LLM
-    shortcut_warmup_epochs: float = 2.0  # passes before training in which items and shortcut learn without the LLM
+    query_shortcut: bool = True  # u also gets the query's words, where items have word vectors (text_vectors)
+    shortcut_warmup_epochs: float = 2.0  # passes before training in which items and shortcuts learn without the LLM
     max_text_tokens: int = 24  # of the target's text in L_gen and L_rec
     text_vectors: Literal["states", "words", "both"] = "states"  # of items' texts: the LLM's states, TF-IDF, or both
     word_dim: int = 256  # width of the TF-IDF vectors

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -25,6 +25,9 @@ from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
 from .step import OutOfMemory
 from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
+
+if TYPE_CHECKING:
+    from .model.recommender import Recommender
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
 DDP_TIMEOUT = 4 * 3600  # seconds; process 0 ranks all test requests before the first step, for which the others wait
@@ -246,11 +249,21 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
         f"{len(data.sequences.items):,} events; {len(split.valid):,} validation and {len(split.test):,} test targets",
         f"  model      {config.backbone} ({millions(whole)} parameters, {config.quantization}, {config.tuning}), "
         f"{millions(trained)} trained, computing in {str(compute_dtype(args.device)).removeprefix('torch.')}",
+        *([f"  queries    {how_queries_are_read(trainer.model)}"] if data.sequences.queries is not None else []),
         f"  training   {steps:,} steps of {args.train_batch_size} of {len(windows):,} windows; each query sees about "
         f"{seen:,} negatives{hard}",
         f"  memory     {at_once} windows at once (training.chunk_size); {predicted_memory(trainer, data)}",
         f"  seed       {args.seed}",
         f"  writes to  {folder}", ""])
+
+
+def how_queries_are_read(model: Recommender) -> str:
+    if getattr(model, "query_shortcut", None) is not None:
+        return "in the prompt, and their words past the language model"
+    if model.config.recipe == "karma" and "words" not in model.config.text_kinds:
+        return ("in the prompt alone; model.text_vectors words (or both) would lead their words past the language "
+                "model too, which ranks far better after few steps")
+    return "in the prompt alone"
 
 
 def predicted_memory(trainer: KarmaTrainer, data: Dataset) -> str:

@@ -37,13 +37,14 @@ CASES = {
     "rank": ({"lora_rank": 64}, 8, 4),
     "long": ({"max_history": 60}, 4, 2),
     "last": ({"positions": "last", "max_history": 40}, 8, 4),
+    "query-words": ({"positions": "last", "text_vectors": "words", "word_dim": 200}, 8, 4),
     "no-texts": ({"decode_weight": 0.0}, 16, 4),
     "no-rec": ({"rec_weight": 0.0}, 8, None),
     "many-negatives": ({"max_history": 50, "decode_weight": 0.0}, 20, 2),
     "symmetric": ({"symmetric": True, "log_q": False}, 16, 4),
     "full": ({"tuning": "full"}, 8, 4),
 }
-FAST = ("checkpointing", "4bit", "last", "many-negatives", "full")
+FAST = ("checkpointing", "4bit", "last", "query-words", "many-negatives", "full")
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,9 @@ def real_model(planner: Planner, device: str) -> KarmaModel:
     features = {kind: rng.standard_normal((load.items, width), dtype=np.float32)
                 for kind, width in load.widths.items()}
     backbone, _ = load_backbone(planner.config, device)
+    words = rng.standard_normal((load.query_words, load.widths["words"]), np.float32) if load.query_words else None
     return KarmaModel(load.applied(planner.config), backbone, Tokens(), load.catalogue(planner.batch_size),
-                      ItemFeatures(features)).train()
+                      ItemFeatures(features, query_words=words)).train()
 
 
 def bytes_of_weights(model: KarmaModel) -> int:

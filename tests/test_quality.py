@@ -77,10 +77,11 @@ def test_rows_differ_from_their_parent_in_what_they_say(tiny, tmp_path):
     configs = {row.name: config_of(row, tiny, 3, tmp_path).model.to_dict() for row in KARMA}
     differ = {row.name: {key: value for key, value in configs[row.name].items()
                          if value != configs[row.parent][key]} for row in KARMA if row.parent}
+    no_shortcut = {"history_shortcut": False, "query_shortcut": False}
     assert differ == {"B": {"gen_weight": 1.0}, "C": {"rec_weight": 1.0}, "D": {"gen_weight": 1.0, "rec_weight": 1.0},
                       "E": {"vis_weight": 1.0}, "G": {}, "H": {},
                       "frozen": {"tuning": "frozen"}, "no-llm": {"tuning": "frozen"},
-                      "A-plain": {"history_shortcut": False}, "D-plain": {"history_shortcut": False}}
+                      "A-plain": no_shortcut, "D-plain": no_shortcut}
     assert configs["A"] | {"gen_weight": 1.0, "rec_weight": 1.0, "vis_weight": 1.0} == tiny.model.to_dict()
     assert {row.name: row.control for row in KARMA if row.control} == {
         "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts", "no-llm": "NoLanguageModel"}

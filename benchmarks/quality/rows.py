@@ -12,6 +12,7 @@ from karma_fast.config import ConfigError
 RECIPES = ("karma", "ra_rec")  # the kinds of row with a language model of ours
 # all terms off but L_act; a row switches on what it names
 ACT_ALONE = {"gen_weight": 0.0, "rec_weight": 0.0, "vis_weight": 0.0}
+NO_SHORTCUT = {"history_shortcut": False, "query_shortcut": False}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ ROWS: dict[str, Row] = {row.name: row for row in [
     Row("H", "karma", "C, texts of L_rec shuffled", "control: L_rec decodes the text of another pair's target", "C",
         ACT_ALONE | {"rec_weight": 1.0}, "ShuffledTexts"),
     Row("A-plain", "karma", "L_act, no shortcut", "u from the language model's state alone; items not warmed up", "A",
-        ACT_ALONE | {"history_shortcut": False}),
+        ACT_ALONE | NO_SHORTCUT),
     Row("D-plain", "karma", "D, no shortcut", "u from the language model's state alone; items not warmed up", "D",
-        ACT_ALONE | {"gen_weight": 1.0, "rec_weight": 1.0, "history_shortcut": False}),
-    Row("no-llm", "karma", "L_act, no language model", "control: u from the shortcut alone", "A",
+        ACT_ALONE | {"gen_weight": 1.0, "rec_weight": 1.0} | NO_SHORTCUT),
+    Row("no-llm", "karma", "L_act, no language model", "control: u from the shortcuts alone", "A",
         ACT_ALONE | {"tuning": "frozen"}, "NoLanguageModel"),
     Row("frozen", "karma", "L_act, LLM frozen", "trains the projections alone", "A", ACT_ALONE | {"tuning": "frozen"}),
     Row("ra-rec", "ra_rec", "RA-Rec", "reads titles and injected ID vectors, language model frozen; steps of its own"),

@@ -18,10 +18,19 @@ from ..config import ConfigError, KarmaConfig
 from .flat import spans
 from .packing import EMB, TEXT, OfTensors, Packed, TextTargets
 from .schema import Items, Sequences, Split
+from .words import words_of
 
 LATEST = 10  # items of a history that the mean of the latest ones looks at
 TITLE_WIDTH = 24  # of an item in a prompt's labels
 QUERY_TEMPLATE = " Now the user searches for: {}."
+
+
+@dataclass
+class Words(OfTensors):
+    """The words of P queries, one query after the other."""
+
+    index: Tensor  # (n,) int64 numbers in the vocabulary
+    starts: Tensor  # (P,) int64, where each query's begin
 
 
 @dataclass
@@ -34,6 +43,7 @@ class PromptChunk(OfTensors):
     pairs: Tensor  # (P,) places in the stream where the query of each pair is read
     latest: Tensor  # (P, LATEST) rows of history_items that each query has seen, the newest first; -1 for none
     texts: TextTargets
+    words: Words | None = None  # of the pairs' queries; None where queries have no vectors
     bare: PromptChunk | None = None  # the same without the texts, for a pass that only wants the pairs' queries
 
 
@@ -79,10 +89,14 @@ class KarmaBatch(StepBatch):
 
 
 class Prompts:
-    """Turns histories, queries and target texts into streams of tokens."""
+    """Turns histories, queries and target texts into streams of tokens.
 
-    def __init__(self, config: KarmaConfig, tokenizer, texts: Sequence[str]) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    words: the vocabulary of queries that have vectors, see `karma_fast.data.words.vocabulary`.
+    """
+
+    def __init__(self, config: KarmaConfig, tokenizer, texts: Sequence[str], words: dict[str, int] | None = None
+                 ) -> None:
+        self.config, self.tokenizer, self.words = config, tokenizer, words
         self.instruction = tokenizer(config.instruction)["input_ids"] if config.instruction else []
         eos = tokenizer.eos_token_id
         if self.instruction and self.instruction[-1] == eos:  # some tokenizers close every text
@@ -105,6 +119,14 @@ class Prompts:
             return []
         ids = self.tokenizer(QUERY_TEMPLATE.format(query), add_special_tokens=False)["input_ids"]
         return ids[: self.config.max_query_tokens]
+
+    def _words(self, queries: Sequence[str]) -> Words | None:
+        if self.words is None:
+            return None
+        found = [[self.words[word] for word in words_of(query) if word in self.words] for query in queries]
+        ends = np.cumsum([len(part) for part in found], dtype=np.int64)
+        index = np.fromiter((n for part in found for n in part), np.int64)
+        return Words(torch.from_numpy(index), torch.from_numpy(ends - [len(part) for part in found]))
 
     def _text(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) catalogue indices, -1 for none -> (n,) lengths of their texts and all their tokens."""
@@ -136,7 +158,8 @@ class Prompts:
         slots[emb] = EMB
         emb_places = torch.from_numpy(emb)
         return PromptChunk(Packed.of(lengths, token_ids, slots), torch.from_numpy(items), emb_places, emb_places,
-                           latest_rows(slots, emb - 1, seen), text_targets(emb, text, text_tokens))
+                           latest_rows(slots, emb - 1, seen), text_targets(emb, text, text_tokens),
+                           self._words(queries))
 
     def labels(self, history: np.ndarray, query: str, items: Items) -> list[str]:
         """A name for each position of a request's prompt; long titles are cut.

@@ -75,6 +75,8 @@ class ItemFeatures(nn.Module):
     Args:
         vectors: for some of ``KINDS``, an (N, d) float array with NaN rows where an item has none.
         held_out: (folds, N, d), further sets of the ID vectors, for training alone; they are not saved.
+        query_words: (W, d), vectors of the words that queries are made of, in the space of the items' "words"; see
+            `karma_fast.data.words.word_vectors`. None: queries have no vectors.
 
     An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) rows; gives
     (n, width) float32. A row is a catalogue index; plus ``(g + 1) * N`` it is the item with ID vectors of set g.
@@ -85,7 +87,8 @@ class ItemFeatures(nn.Module):
         (torch.Size([2, 2]), 2)
     """
 
-    def __init__(self, vectors: dict[str, np.ndarray], held_out: np.ndarray | None = None) -> None:
+    def __init__(self, vectors: dict[str, np.ndarray], held_out: np.ndarray | None = None,
+                 query_words: np.ndarray | None = None) -> None:
         super().__init__()
         self.kinds = [k for k in KINDS if k in vectors]
         if not self.kinds:
@@ -108,6 +111,8 @@ class ItemFeatures(nn.Module):
             self.register_buffer(f"{kind}_present", torch.from_numpy(present), persistent=False)
             self.register_buffer(f"{kind}_mean", torch.from_numpy(mean.astype(np.float32)), persistent=False)
             self.register_buffer(f"{kind}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
+        self.register_buffer("query_words", None if query_words is None else torch.from_numpy(query_words),
+                             persistent=False)
 
     @property
     def width(self) -> int:
@@ -116,6 +121,11 @@ class ItemFeatures(nn.Module):
     def __len__(self) -> int:
         kind = self.kinds[0]
         return len(getattr(self, kind)) // (1 + self.folds if kind == "id" else 1)
+
+    def columns(self, kind: str) -> slice:
+        """Where a kind's vectors stand in z."""
+        start = sum(self.widths[k] for k in self.kinds[:self.kinds.index(kind)])
+        return slice(start, start + self.widths[kind])
 
     def known(self, kind: str) -> Tensor:
         """(n, d) vectors of the catalogue's items that have one."""

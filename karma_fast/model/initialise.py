@@ -27,9 +27,6 @@ def item_projection(features: ItemFeatures, dim: int, sample: int = 20_000) -> T
     kinds = sorted(features.kinds, key=lambda k: features.widths[k])
     weight = torch.zeros(dim, features.width)
     total = sum(SHARES[k] for k in kinds)
-    offsets, at = {}, 0
-    for kind in features.kinds:
-        offsets[kind], at = at, at + features.widths[kind]
     row = 0
     for n, kind in enumerate(kinds):
         width = features.widths[kind]
@@ -41,7 +38,7 @@ def item_projection(features: ItemFeatures, dim: int, sample: int = 20_000) -> T
             basis = torch.eye(room, width, dtype=torch.float64)
         kept = (block @ basis.T).square().sum(dim=1).mean().sqrt().clamp_min(1e-6) if len(block) else torch.ones(())
         scaled = (SHARES[kind] / total) ** 0.5 / kept * basis
-        weight[row:row + room, offsets[kind]:offsets[kind] + width] = scaled.float()
+        weight[row:row + room, features.columns(kind)] = scaled.float()
         row += room
     return weight
 

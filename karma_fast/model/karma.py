@@ -15,7 +15,7 @@ from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, 
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import ONE_USER, training_windows
-from ..data.words import word_vectors
+from ..data.words import vocabulary, word_vectors, words_of
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
@@ -23,7 +23,7 @@ from .id_vectors import groups_of_users, held_out_id_vectors, id_vectors
 from .initialise import item_projection, latest_mean, part_means, ridge
 from .reading import autocast
 from .recommender import Recommender
-from .shortcut import HistoryShortcut
+from .shortcut import HistoryShortcut, QueryShortcut
 from .soft_prompt import SoftPromptProjection
 from .storage import load_parts
 from .warm_up import warm_up_decoder, warm_up_shortcut
@@ -69,12 +69,16 @@ class KarmaModel(Recommender):
                                             nn.Linear(config.embedding_dim, features.widths["image"]))
         # last, so that what models with and without it share begins with the same random numbers
         self.shortcut = HistoryShortcut(features.width, config.embedding_dim) if config.history_shortcut else None
+        self.query_shortcut = None
+        if features.query_words is not None:
+            self.query_shortcut = QueryShortcut(features.widths["words"], config.embedding_dim)
         gather = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.loss = KarmaLoss(
             config.act_weight, config.gen_weight, config.rec_weight, config.vis_weight, config.decode_weight,
             InfoNCELoss(config.init_scale, config.learnable_scale, config.max_scale, symmetric=config.symmetric,
                         normalize=False, gather=gather))
-        self.prompts = Prompts(config, tokenizer, items.texts)
+        self.prompts = Prompts(config, tokenizer, items.texts,
+                               None if self.query_shortcut is None else vocabulary(items.texts))
         self.to(model.device)
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -96,10 +100,10 @@ class KarmaModel(Recommender):
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
         torch.manual_seed(seed)  # once more, as LoRA draws and a frozen model does not
-        vectors = {}
+        vectors, query_words = {}, None
         text_kinds = config.text_kinds if any(items.texts) else ()
         if "words" in text_kinds:
-            vectors["words"] = word_vectors(items.texts, config.word_dim)
+            vectors["words"], query_words = word_vectors(items.texts, config.word_dim)
         if "text" in text_kinds:
             key = f"{identity(name)} {config.quantization}"
             vectors["text"] = cached_text_vectors(items.texts, backbone, tokenizer, key, cache or cache_dir(),
@@ -114,7 +118,9 @@ class KarmaModel(Recommender):
         if config.id_folds and items.id_vectors is None and "id" in vectors:
             held_out = held_out_id_vectors(sequences, split, len(items), config.id_dim, config.id_window,
                                            config.id_folds, vectors["id"], progress)
-        model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors, held_out))
+        if not config.query_shortcut or sequences.queries is None or not any(map(words_of, items.texts)):
+            query_words = None
+        model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors, held_out, query_words))
         model.set_starting_point(sequences, split, seed, progress=progress)
         if config.decoder_warmup_steps and model.decode_projection is not None:
             warm_up_decoder(model, config.decoder_warmup_steps, seed, progress)
@@ -123,11 +129,15 @@ class KarmaModel(Recommender):
     @torch.no_grad()
     def set_starting_point(self, sequences: UserSequences, split: Split, seed: int = 0,
                            num_windows: int = 192, progress: bool = False) -> None:
-        """W_e and the shortcut from the features, and ``shortcut_warmup_epochs`` of them without the language model.
+        """W_e and the shortcuts from the features, then ``shortcut_warmup_epochs`` without the language model.
 
-        Without a shortcut W_o is the regression to the latest items' mean; see `karma_fast.model.initialise`.
+        Without a shortcut of the history W_o is the regression to the latest items' mean; see
+        `karma_fast.model.initialise`.
         """
         self.item_projection.weight.copy_(item_projection(self.features, self.config.embedding_dim))
+        if self.query_shortcut is not None:
+            of_words = self.item_projection.weight[:, self.features.columns("words")]
+            self.query_shortcut.projection.weight.copy_(of_words)
         if self.shortcut is not None:
             self.shortcut.projection.weight.copy_(self.item_projection.weight)
             if self.config.shortcut_warmup_epochs and self.loss.wants("act"):
@@ -211,9 +221,17 @@ class KarmaModel(Recommender):
         States count by direction alone: their lengths, tens to hundreds, would make W_o's steps as much too long.
         """
         u = self.interest_projection(F.normalize(states.float(), dim=-1))
+        past = self.past_language_model(chunk)
+        return F.normalize(u if past is None else u + past, dim=-1)
+
+    def past_language_model(self, chunk: PromptChunk) -> Tensor | None:
+        """(P, d_e) float32, what the shortcuts say of a chunk's pairs; None without any."""
+        parts = []
         if self.shortcut is not None:
-            u = u + self.shortcut(self.features(chunk.history_items), chunk.latest)
-        return F.normalize(u, dim=-1)
+            parts.append(self.shortcut(self.features(chunk.history_items), chunk.latest))
+        if self.query_shortcut is not None:
+            parts.append(self.query_shortcut(self.features.query_words, chunk.words))
+        return sum(parts) if parts else None
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """(n,) rows of the features, such as catalogue indices -> (n, d_e) unit vectors, float32."""

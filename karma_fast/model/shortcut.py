@@ -1,4 +1,4 @@
-"""A path from the latest items to u that does not pass through the language model."""
+"""Paths from the latest items and from a query's words to u that do not pass through the language model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batches import LATEST
+from ..data.batches import LATEST, Words
 from .initialise import DECAY
 
 
@@ -37,3 +37,25 @@ class HistoryShortcut(nn.Module):
         weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
         rows = F.embedding(latest.clamp_min(0), F.normalize(self.projection(features), dim=-1))
         return self.gain * torch.einsum("pa,pad->pd", weights, rows)
+
+
+class QueryShortcut(nn.Module):
+    """g times norm(W_q w), w the sum of the vectors of a query's words; g and W_q are learned.
+
+    W_q begins as what W_e does with items' word vectors, so that a search begins near the items whose texts have its
+    words. Ours; the sources have no such path.
+
+    >>> shortcut, words = QueryShortcut(width=3, dim=2), Words(torch.tensor([4, 0]), torch.tensor([0, 2]))
+    >>> shortcut(torch.randn(5, 3), words).shape  # the second query has no word that items have
+    torch.Size([2, 2])
+    """
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, dim, bias=False)  # W_q
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, vectors: Tensor, words: Words) -> Tensor:
+        """(W, width) vectors of words, the words of P queries -> (P, dim) float32, 0 for queries without words."""
+        w = F.embedding_bag(words.index, vectors, words.starts, mode="sum")
+        return self.gain * F.normalize(self.projection(w), dim=-1)

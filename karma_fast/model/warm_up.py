@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batches import KarmaBatch, log_sampling_probability
+from ..data.batches import log_sampling_probability
 from ..data.schema import Sequences, Split
 from ..data.windows import training_windows, windows_of_pairs
 from ..rates import rate_factor
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from .karma import KarmaModel
 
 PAIRS = 1024  # of a step of `warm_up_shortcut`
+WITHOUT_LANGUAGE_MODEL = ("item_projection", "shortcut", "features", "loss", "query_shortcut")  # what it trains
 
 
 @torch.enable_grad()
 def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epochs: float, seed: int = 0,
                      progress: bool = False, learning_rate: float = 1e-3) -> list[float]:
-    """Trains W_e and the shortcut by L_act alone; returns the loss of each step.
+    """Trains W_e and the shortcuts by L_act alone; returns the loss of each step.
 
-    The language model reads nothing, so a pass over the training pairs takes seconds. What the latest items alone say
-    about the next one is known afterwards, and the language model's steps go into what it adds.
+    The language model reads nothing, so a pass over the training pairs takes seconds. What the latest items and the
+    words of a query alone say about the next one is known afterwards, and the language model's steps go into what it
+    adds.
     """
     starts, ends = training_windows(sequences, split, model.config.max_history, model.config.positions)
     if not len(starts):
@@ -40,7 +42,7 @@ def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epoc
     collate = reader.collator(sequences, log_q, seed)
     count = windows_of_pairs(PAIRS, model.config.positions, starts, ends)
     steps = max(1, round(epochs * len(starts) / count))
-    trained = {f"{part}.{name}": p for part in ("item_projection", "shortcut", "features", "loss")
+    trained = {f"{part}.{name}": p for part in WITHOUT_LANGUAGE_MODEL if getattr(model, part) is not None
                for name, p in getattr(model, part).named_parameters()}
     optimiser = _optimiser(trained, learning_rate)
     contrastive = model.loss.contrastive
@@ -49,19 +51,14 @@ def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epoc
         losses = []
         for windows in _bar(_batches(np.arange(len(starts)), count, steps, seed), steps, "warming up items", progress):
             batch = collate(list(zip(starts[windows].tolist(), ends[windows].tolist(), strict=True))).to(model.device)
-            loss = model.contrastive_loss(_from_shortcut(model, batch), batch)
+            u = F.normalize(torch.cat([model.past_language_model(chunk) for chunk in batch.prompts]), dim=-1)
+            loss = model.contrastive_loss(u, batch)
             _step(optimiser, loss, trained.values(), len(losses), steps)
             model.loss.clamp_()
             losses.append(loss.item())
     finally:
         contrastive.gather = gather
     return losses
-
-
-def _from_shortcut(model: KarmaModel, batch: KarmaBatch) -> Tensor:
-    """(P, d_e) unit vectors: u without what the language model says."""
-    u = [model.shortcut(model.features(chunk.history_items), chunk.latest) for chunk in batch.prompts]
-    return F.normalize(torch.cat(u), dim=-1)
 
 
 @torch.enable_grad()

@@ -7,6 +7,7 @@ import copy
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,12 +133,15 @@ def simulated_model(config: KarmaConfig, shape: PretrainedConfig, workload: Work
         warnings.simplefilter("ignore")
         backbone = simulated_backbone(config, with_layers(shape, min(layers, depth(shape))), simulation)
         with outside(simulation):
-            features = ItemFeatures(workload.two_rows())
+            one_word = np.zeros((1, config.word_dim), np.float32) if workload.query_words else None
+            features = ItemFeatures(workload.two_rows(), query_words=one_word)
         for kind in KINDS:
             if kind in features.kinds:
                 rows = workload.items * (1 + workload.id_folds if kind == "id" else 1)
                 setattr(features, kind, meta(simulation, (rows, features.widths[kind]), torch.float32))
                 setattr(features, f"{kind}_present", meta(simulation, (rows,), torch.bool))
+        if workload.query_words:
+            features.query_words = meta(simulation, (workload.query_words, config.word_dim), torch.float32)
         features.folds = workload.id_folds
         simulate_missing(features, simulation)
         model = KarmaModel(config, backbone, Tokens(), workload.catalogue(batch_size), features)

@@ -11,6 +11,7 @@ import numpy as np
 from ..config import KarmaConfig
 from ..data.schema import Dataset, Items, Sequences
 from ..data.windows import training_windows
+from ..data.words import MOST_WORDS, vocabulary
 
 if TYPE_CHECKING:
     from ..data.batches import KarmaBatch
@@ -26,7 +27,7 @@ class Workload:
 
     items: of the catalogue. history: items before the target. text_tokens, query_tokens, instruction_tokens: with an
     end token for texts. hard_negatives: of each pair. widths: of an item's vectors by kind. id_folds: further sets of
-    ID vectors.
+    ID vectors. query_words: that have vectors.
     """
 
     items: int
@@ -37,6 +38,7 @@ class Workload:
     hard_negatives: int
     widths: dict[str, int]
     id_folds: int = 0
+    query_words: int = 0
 
     @classmethod
     def of(cls, config: KarmaConfig, hidden: int, data: Dataset | None = None, tokenizer=None) -> Workload:
@@ -47,11 +49,13 @@ class Workload:
             instruction = -(-len(config.instruction) // CHARACTERS_A_TOKEN)
         of_texts = {"text": hidden, "words": config.word_dim}
         widths = {kind: of_texts[kind] for kind in config.text_kinds} | {"image": 0, "id": config.id_dim}
+        with_words = config.query_shortcut and "words" in config.text_kinds
         if data is None:
+            queries = config.positions == "last"
             return cls(ASSUMED_ITEMS, config.max_history, config.max_text_tokens,
-                       config.max_query_tokens if config.positions == "last" else 0, instruction, 0,
+                       config.max_query_tokens if queries else 0, instruction, 0,
                        {kind: width for kind, width in widths.items() if width},
-                       config.id_folds if config.id_dim else 0)
+                       config.id_folds if config.id_dim else 0, MOST_WORDS if queries and with_words else 0)
         items, sequences = data.items, data.sequences
         starts, ends = training_windows(sequences, data.split, config.max_history, config.positions)
         if items.image_vectors is not None:
@@ -62,10 +66,11 @@ class Workload:
             widths |= dict.fromkeys(config.text_kinds, 0)
         hard = 0 if sequences.negatives_indptr is None else min(8, int(np.diff(sequences.negatives_indptr).max()))
         longest = max(map(len, items.texts), default=0)  # a token has at least one character
+        words = len(vocabulary(items.texts)) if sequences.queries is not None and with_words else 0
         return cls(len(items), int((ends - starts).max(initial=2)) - 1, min(config.max_text_tokens, longest + 1),
                    0 if sequences.queries is None else config.max_query_tokens, instruction, hard,
                    {kind: width for kind, width in widths.items() if width},
-                   config.id_folds if config.id_dim and items.id_vectors is None else 0)
+                   config.id_folds if config.id_dim and items.id_vectors is None else 0, words)
 
     def applied(self, config: KarmaConfig) -> KarmaConfig:
         """The settings under which the batches below have this workload's lengths."""
@@ -88,7 +93,9 @@ class Workload:
         sequences = Sequences(np.arange(batch_size).astype(object), np.arange(batch_size + 1) * length,
                               np.arange(events, dtype=np.int32) % count)
         if self.query_tokens:
-            sequences.queries, sequences.query_texts = np.zeros(events, np.int32), ["x" * self.query_tokens]
+            # a text is one word, which a query's first then is
+            query = f"{model.items.texts[0]} {'x' * self.query_tokens}"
+            sequences.queries, sequences.query_texts = np.zeros(events, np.int32), [query]
         if self.hard_negatives:
             sequences.negatives_indptr = np.arange(events + 1) * self.hard_negatives
             sequences.negatives = np.arange(events * self.hard_negatives, dtype=np.int32)[::-1] % count

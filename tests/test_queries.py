@@ -107,6 +107,25 @@ def test_unknown_words_and_no_query_add_nothing(tiny_config, searches, tmp_path)
     assert not torch.allclose(model.encode_users(histories, ["", "flute"])[1], before[1], atol=0.1)
 
 
+def test_a_script_without_spaces_is_searched_by_pairs_of_characters(tiny_config, searches, tmp_path):
+    titles = ["男士跑鞋", "女士跑鞋", "红茶", "रोटी तवा", *searches.items.titles[4:]]
+    items = dataclasses.replace(searches.items, titles=titles, texts=titles)
+    model = build(tiny_config, dataclasses.replace(searches, items=items), tmp_path, word_dim=30, embedding_dim=40)
+    u = model.encode_users([np.array([], np.int64)] * 3, ["跑鞋", "茶", "तवा"])
+    best = (u @ model.encode_items().T).topk(2).indices.tolist()
+    assert sorted(best[0]) == [0, 1] and best[2][0] == 3
+    assert model.prompts.query_ids("跑鞋") == build(tiny_config, searches, tmp_path).prompts.query_ids("跑鞋")
+
+
+def test_what_is_kept_of_queries_is_bounded(tiny_config, searches, tmp_path, monkeypatch):
+    prompts = build(tiny_config, searches, tmp_path).prompts
+    found = prompts.query_ids("red oven")
+    monkeypatch.setattr("karma_fast.data.batches.KEPT_QUERIES", 3)
+    for n in range(7):
+        prompts.query_ids(f"search {n}")
+    assert len(prompts._queries) <= 3 and prompts.query_ids("red oven") == found
+
+
 def test_losses_reach_the_path_of_queries(tiny_config, searches, tmp_path):
     model = build(tiny_config, searches, tmp_path).train()
     with torch.no_grad():

@@ -23,6 +23,7 @@ from .words import words_of
 LATEST = 10  # items of a history that the mean of the latest ones looks at
 TITLE_WIDTH = 24  # of an item in a prompt's labels
 QUERY_TEMPLATE = " Now the user searches for: {}."
+KEPT_QUERIES = 65_536  # whose tokens are kept
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Prompts:
         self.texts = [(next(encoded)[:limit] + end) if t else [] for t in texts]
         self._text_lengths = np.array([len(t) for t in self.texts], dtype=np.int64)
         self._text_starts = np.cumsum(self._text_lengths) - self._text_lengths
+        self._queries: dict[str, tuple[list[int], list[int]]] = {}
         self._text_tokens = np.fromiter((i for t in self.texts for i in t), np.int64, int(self._text_lengths.sum()))
 
     def length(self, history: np.ndarray) -> int:
@@ -115,15 +117,25 @@ class Prompts:
         return len(self.instruction) + len(history) + 1
 
     def query_ids(self, query: str) -> list[int]:
+        return self._query(query)[0]
+
+    def _query(self, query: str) -> tuple[list[int], list[int]]:
+        """Tokens of a query, and its words' numbers in the vocabulary; kept, as searches come again."""
         if not query:
-            return []
-        ids = self.tokenizer(QUERY_TEMPLATE.format(query), add_special_tokens=False)["input_ids"]
-        return ids[: self.config.max_query_tokens]
+            return [], []
+        if query not in self._queries:
+            if len(self._queries) == KEPT_QUERIES:
+                self._queries.clear()
+            ids = self.tokenizer(QUERY_TEMPLATE.format(query), add_special_tokens=False)["input_ids"]
+            known = self.words or {}
+            self._queries[query] = (ids[:self.config.max_query_tokens],
+                                    [known[word] for word in words_of(query) if word in known])
+        return self._queries[query]
 
     def _words(self, queries: Sequence[str]) -> Words | None:
         if self.words is None:
             return None
-        found = [[self.words[word] for word in words_of(query) if word in self.words] for query in queries]
+        found = [self._query(query)[1] for query in queries]
         ends = np.cumsum([len(part) for part in found], dtype=np.int64)
         index = np.fromiter((n for part in found for n in part), np.int64)
         return Words(torch.from_numpy(index), torch.from_numpy(ends - [len(part) for part in found]))
@@ -240,8 +252,10 @@ class KarmaCollator:
         targets = ends - starts - 1 if self.config.positions == "all" else np.ones(len(ends), np.int64)
         positions = spans(ends - targets, targets)
         positives = events[positions].astype(np.int64)
-        looked_at = np.array([self._random(*window).random() < self.config.decode_share
-                              for window in zip(starts.tolist(), ends.tolist(), strict=True)])
+        looked_at = np.ones(len(ends), bool)
+        if self.config.decode_share < 1:
+            looked_at = np.array([self._random(*window).random() < self.config.decode_share
+                                  for window in zip(starts.tolist(), ends.tolist(), strict=True)])
         hard = list(self._hard_negatives(positions))
         keys = np.concatenate([positives, *hard])
         users = self.sequences.user_of(starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +11,32 @@ from typing import Any
 import numpy as np
 
 MOST_WORDS = 65_536  # that have a vector of their own
+# Thai and Lao, Burmese, Khmer, kana, Han: no space between words
+WITHOUT_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+UNSPACED = re.compile(f"([{WITHOUT_SPACES}]+)")
+# letters and digits, with the vowel signs of Hebrew, Arabic and Indic scripts, which \w leaves out
+RUNS = re.compile(rf"[\w\u0591-\u05c7\u064b-\u065f\u0900-\u0dff{WITHOUT_SPACES}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case.
+    """Runs of letters and digits, in lower case; of scripts without spaces, every two neighbouring characters.
 
     >>> words_of("Red, size-9 shoe")
     ['red', 'size', '9', 'shoe']
+    >>> words_of("男士跑鞋 2023"), words_of("跑鞋")
+    (['男士', '士跑', '跑鞋', '2023'], ['跑鞋'])
     """
-    return re.findall(r"\w+", text.lower())
+    text = text.lower()
+    if text.isascii():
+        return re.findall(r"\w+", text)
+    words: list[str] = []
+    for run in RUNS.findall(unicodedata.normalize("NFC", text)):
+        for n, part in enumerate(UNSPACED.split(run)):
+            if n % 2:  # of a script without spaces
+                words += [part[i:i + 2] for i in range(max(1, len(part) - 1))]
+            elif part:
+                words.append(part)
+    return words
 
 
 def vocabulary(texts: Sequence[str], most: int = MOST_WORDS) -> dict[str, int]:
@@ -34,7 +52,7 @@ def vocabulary(texts: Sequence[str], most: int = MOST_WORDS) -> dict[str, int]:
 def tf_idf_vectors(texts: Sequence[str], further: Sequence[str] = ()) -> Any:
     """(N, words) scipy CSR float64 of TF-IDF vectors of length 1; a text without words has an empty row.
 
-    Words are runs of letters and digits in lower case, weighted by count times ``log((1 + N) / (1 + texts)) + 1``.
+    Words are those of `words_of`, weighted by count times ``log((1 + N) / (1 + texts)) + 1``.
     ``further`` texts, such as queries, get rows behind the N and do not count in the weights.
 
     >>> tf_idf_vectors(["red shoe", "Red", ""]).toarray().round(4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_batches import assert_reaches_another_process
 from torch.nn import functional as F
 
 from karma_fast.config import ConfigError
+from karma_fast.data.schema import Items
 from karma_fast.losses.bpr import BPRLoss
 from karma_fast.model.backbone import causal_lm, decoder_layers
 from karma_fast.recipes import load_model
@@ -155,6 +157,48 @@ def test_items_and_users_without_a_vector_get_a_learned_one(config, tiny_data):
     assert model.encode_users([np.array([], int)]).isfinite().all()
 
 
+def test_requests_and_items_are_read_at_the_same_token_and_begin_in_one_space(config, tiny_data):
+    model = build(config, tiny_data)
+    requests, items = batch_of(model, tiny_data).prompts
+    read = torch.cat([chunk.tokens.token_ids[chunk.pairs] for chunk in (requests, items)])
+    assert len(set(read.tolist())) == 1
+    user, item = (model.injected[kind] for kind in ("user", "item"))
+    assert torch.equal(user.weight, item.weight) and user.weight is not item.weight
+    assert not torch.equal(user.start, item.start)
+
+
+def test_injected_vectors_are_as_far_apart_as_states_of_single_tokens(config, tiny_data):
+    model = build(config, tiny_data).eval()
+    lm, chunk = causal_lm(model.backbone), model.prompts.of_items(np.arange(40))
+    with torch.no_grad():
+        read = [lm(chunk.text.token_ids[None, a:b], output_hidden_states=True).hidden_states[:-1]
+                for a, b in pairwise(chunk.text.offsets.tolist())]
+        states = [torch.stack(layers)[:, 0, 1:] for layers in read]  # (layers, tokens, hidden) of each text
+        mean = torch.stack([x.mean(dim=1) for x in states]).mean(dim=0)
+        squares = torch.stack([(x - mean[:, None]).square().sum(dim=2).mean(dim=1) for x in states])
+        expected = squares.mean(dim=0).sqrt()
+        pooled = torch.stack([(x.mean(dim=1) - mean).square().sum(dim=1) for x in states]).mean(dim=0).sqrt()
+    found = model.injected["item"].spread
+    assert ((found / expected - 1).abs() < 0.2).all()  # one drawn token of each text
+    assert (found > 1.5 * pooled).all()
+
+
+def test_sasrec_says_nothing_of_items_without_a_training_event(config, tiny_data, tmp_path):
+    from karma_fast.baselines import SASRec, SASRecConfig
+
+    torch.manual_seed(0)
+    SASRec(41, SASRecConfig(dim=8)).save(tmp_path / "sasrec")
+    items = Items(np.append(tiny_data.items.ids, "new"), [*tiny_data.items.texts, "Green Comet"],
+                  [*tiny_data.items.titles, "Green Comet"])
+    model = build(config, dataclasses.replace(tiny_data, items=items), id_model=str(tmp_path / "sasrec"))
+    never = tiny_data.split.training_counts(tiny_data.sequences, 41) == 0
+    assert never[40] and model.prompts.item_vectors.isnan().all(dim=1).tolist() == never.tolist()
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", "cpu")
+    assert torch.equal(again.prompts.item_vectors.isnan(), model.prompts.item_vectors.isnan())
+    torch.testing.assert_close(again.encode_items(), model.encode_items())
+
+
 def test_items_without_any_text_are_told_apart_by_their_vectors(config, tiny_data):
     items = dataclasses.replace(tiny_data.items, titles=[""] * 40, texts=[""] * 40)
     e = build(config, dataclasses.replace(tiny_data, items=items)).encode_items()
@@ -268,6 +312,10 @@ def test_selection_filters_and_draws_evenly(config, tiny_data):
     again = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=1)
     other = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, starts, ends, share=0.3, seed=2)
     assert np.array_equal(few.chosen, again.chosen) and not np.array_equal(few.chosen, other.chosen)
+    whole = select_requests(tiny_data.sequences, tiny_data.split, tiny_data.items, tiny_data.sequences.indptr[
+        tiny_data.sequences.user_of(starts)], ends)
+    assert np.array_equal(everything.buckets, whole.buckets)  # a window is cut, a history is not
+    assert (everything.buckets.sum(axis=1) > 0).all()
     plain = dataclasses.replace(tiny_data.items, titles=[""] * 40)
     with pytest.raises(ConfigError, match="select_overlap"):
         build(config, dataclasses.replace(tiny_data, items=plain), select_overlap=True)
@@ -367,6 +415,7 @@ def test_item_embeddings_are_kept_until_a_weight_changes(config, tiny_data, monk
 
 GRADIENTS = """
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch

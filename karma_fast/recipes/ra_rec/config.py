@@ -24,6 +24,7 @@ class RaRecConfig(ModelConfig):
     item_instruction: str = "Item:"
     injection: Literal["layers", "input"] = "layers"  # into every layer's input, or the first one's alone
     num_context_tokens: int = 8  # learned tokens before an injected vector; 0: none
+    init_scale: float = 5.0  # of the inner products in BPR, whose sigmoid wants smaller scores than a softmax
     act_weight: float = 1.0
     align_weight: float = 0.1  # lambda
     align_scale: float = 1 / 0.07  # 1 / tau

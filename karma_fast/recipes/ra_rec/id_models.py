@@ -166,6 +166,21 @@ def cached_sasrec(data: Dataset, seed: int, cache: Path, progress: bool = False)
     return SASRec.load(folder)
 
 
+def known_vectors(id_model, sequences: UserSequences, split: Split) -> Tensor:
+    """(N, d) an ID model's item vectors; NaN where it has learned nothing of the item.
+
+    SASRec has a vector of every item: those without a training event are what they were drawn as, but for having been
+    everyone's negatives.
+    """
+    from ...baselines import SASRec
+
+    vectors = id_model.item_vectors()
+    if not isinstance(id_model, SASRec):
+        return vectors
+    never = split.training_counts(sequences, len(vectors)) == 0
+    return vectors.masked_fill(torch.from_numpy(never)[:, None], torch.nan)
+
+
 def save_id_model(model, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)

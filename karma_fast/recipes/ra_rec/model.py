@@ -19,7 +19,7 @@ from ...model.packed_attention import PACKED
 from ...model.recommender import Recommender
 from ...model.storage import load_parts
 from .config import RaRecConfig
-from .id_models import load_id_model, make_id_model, save_id_model
+from .id_models import known_vectors, load_id_model, make_id_model, save_id_model
 from .injection import LayerVectors, inject_into
 from .loss import RaRecLoss, first_here
 from .prompts import HybridChunk, HybridPrompts, RaRecBatch, RaRecCollator
@@ -38,16 +38,19 @@ class RaRecModel(Recommender):
     product is the score.
     """
 
-    def __init__(self, config: RaRecConfig, backbone: nn.Module, tokenizer, items: Items, id_model) -> None:
+    def __init__(self, config: RaRecConfig, backbone: nn.Module, tokenizer, items: Items, id_model,
+                 item_vectors: Tensor) -> None:
         super().__init__(config, backbone, tokenizer, items)
         model = causal_lm(backbone)
         hidden = model.config.get_text_config().hidden_size
         layers = decoder_layers(model)
         self.given = inject_into(layers)
-        self.prompts = HybridPrompts(config, tokenizer, items, id_model)
+        self.prompts = HybridPrompts(config, tokenizer, items, id_model, item_vectors)
         count, width = len(layers) if config.injection == "layers" else 1, self.prompts.item_vectors.shape[1]
         self.injected = nn.ModuleDict({kind: LayerVectors(width, count, config.num_context_tokens, hidden)
                                        for kind in ("user", "item")})
+        # users and items have ID vectors in one space, where like ones are near; so they begin in one here too
+        self.injected["item"].load_state_dict(self.injected["user"].state_dict())
         for kind in ("user", "item"):
             self.register_buffer(f"{kind}_scale", torch.ones(()))  # ID vectors times this have a mean square norm of 1
             self.register_buffer(f"{kind}_center", torch.zeros(hidden))  # of last states
@@ -78,7 +81,7 @@ class RaRecModel(Recommender):
         id_model = make_id_model(config, items, sequences, split, seed, Path(cache or cache_dir()), progress)
         backbone, tokenizer = load_backbone(config, device)
         torch.manual_seed(seed)
-        model = cls(config, backbone, tokenizer, items, id_model)
+        model = cls(config, backbone, tokenizer, items, id_model, known_vectors(id_model, sequences, split))
         model.set_starting_point(sequences, split, seed)
         return model
 
@@ -101,9 +104,9 @@ class RaRecModel(Recommender):
                 getattr(self, f"{kind}_scale").copy_(1 / vectors.square().sum(dim=1).mean().sqrt().clamp_min(1e-6))
             layers = self.injected[kind]
             count, tokens = len(layers.weight), self.config.num_context_tokens
-            rows = self.text_states(chunk)[:count]  # (layers, S, hidden)
-            mean = rows.mean(dim=1)
-            spread = (rows - mean[:, None]).square().sum(dim=2).mean(dim=1).sqrt()
+            mean = self.text_states(chunk)[:count].mean(dim=1)  # (layers, hidden)
+            apart = self._states_of_one(chunk, random)[:count] - mean[:, None]  # (layers, S, hidden)
+            spread = apart.square().sum(dim=2).mean(dim=1).sqrt()
             spread = spread.maximum(LEAST_SPREAD * mean.norm(dim=1))
             # the context begins as what real text has at these places; texts shorter than that repeat their mean
             at_places = self._text_means(chunk, chunk.text.positions.clamp_max(tokens), tokens)[:count]
@@ -114,6 +117,17 @@ class RaRecModel(Recommender):
             scaled = chunk.vectors * getattr(self, f"{kind}_scale")
             getattr(self, f"{kind}_injected").copy_(torch.stack([m.mean(dim=0) for m in layers.means(scaled)]))
             getattr(self, f"{kind}_center").copy_(self._last_states(chunk).mean(dim=0))
+
+    def _states_of_one(self, chunk: HybridChunk, random: np.random.Generator) -> Tensor:
+        """(all layers, S, hidden) state of a drawn token of each prompt's text, of a one-token text that token.
+
+        States of single tokens lie much farther apart than means over a text, and an injected vector stands for one.
+        """
+        lengths = chunk.text.offsets.diff().cpu().numpy()
+        drawn = random.integers(np.minimum(1, lengths - 1), lengths)
+        count = len(drawn)
+        is_drawn = chunk.text.positions == torch.from_numpy(drawn).to(self.device)[chunk.owner]
+        return self._text_means(chunk, chunk.owner.masked_fill(~is_drawn, count), count)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -214,9 +228,9 @@ class RaRecModel(Recommender):
     @classmethod
     def from_pretrained(cls, folder, device: torch.device | str | None = None) -> RaRecModel:
         """The model that `save_pretrained` wrote; the backbone is loaded from where the config names it."""
-        config, items, _, weights = load_parts(folder, RaRecConfig.recipe)
+        config, items, tensors, weights = load_parts(folder, RaRecConfig.recipe)
         backbone, tokenizer = load_backbone(config, device)
-        model = cls(config, backbone, tokenizer, items, load_id_model(Path(folder) / ID_FOLDER))
+        model = cls(config, backbone, tokenizer, items, load_id_model(Path(folder) / ID_FOLDER), tensors["id"])
         return model.with_weights(weights, folder)
 
     # ---- using ---------------------------------------------------------------------------------------------------

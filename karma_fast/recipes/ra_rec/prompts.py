@@ -16,7 +16,7 @@ from ...data.schema import Items
 from ...data.schema import Sequences as UserSequences
 from .config import RaRecConfig
 
-CLOSING = " Next:"  # the state of a request is read at its last token
+CLOSING = " Next:"  # the state is read at its last token, of requests and items alike
 
 
 @dataclass
@@ -53,16 +53,18 @@ class RaRecBatch(StepBatch):
 class HybridPrompts:
     """Turns requests and items into prompts; ``reserved`` places stand before the text of each."""
 
-    def __init__(self, config: RaRecConfig, tokenizer, items: Items, id_model) -> None:
+    def __init__(self, config: RaRecConfig, tokenizer, items: Items, id_model, item_vectors: Tensor
+                 ) -> None:
         self.config, self.tokenizer, self.id_model = config, tokenizer, id_model
         self.reserved = config.num_context_tokens + 1
-        self.item_vectors = id_model.item_vectors()
+        self.item_vectors = item_vectors
         self.instruction = self._ids(config.instruction)
         self.closing = self._ids(CLOSING)
         self.titles = self._all([f" {title};" if title else "" for title in items.titles], config.max_title_tokens)
         head = self._ids(config.item_instruction)
         texts = self._all([f" {text}" if text else "" for text in items.texts], config.max_text_tokens)
-        self.item_texts = [head + text for text in texts]
+        # read at the token that requests are read at: the state of another one says first of all which token it is
+        self.item_texts = [head + text + self.closing for text in texts]
         self.item_lengths = np.array([self.reserved + len(text) for text in self.item_texts], dtype=np.int64)
 
     def _ids(self, text: str) -> list[int]:

@@ -6,16 +6,16 @@ the number of buckets and the order of the draw are ours.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...data.schema import Items, Split
 from ...data.schema import Sequences as UserSequences
+from ...data.words import UNSPACED, words_of
 
 BUCKETS = 5  # of history length, and as many of popularity
-SHORT = 3  # letters; words below are articles and the like
+SHORT = 3  # letters; words below are articles and the like, but not two characters of Chinese
 
 
 @dataclass
@@ -56,13 +56,16 @@ def select_requests(sequences: UserSequences, split: Split, items: Items, starts
     targets = sequences.items[ends - 1]
     kept = np.ones(len(ends), bool)
     if overlap:
-        words = [frozenset(w for w in re.findall(r"\w+", title.lower()) if len(w) >= SHORT) for title in items.titles]
+        words = [frozenset(word for word in words_of(title) if len(word) >= SHORT or UNSPACED.match(word))
+                 for title in items.titles]
         kept = np.array([not words[target].isdisjoint(frozenset().union(*(words[i] for i in
                          sequences.items[start:end - 1])))
                          for start, end, target in zip(starts, ends, targets, strict=True)], dtype=bool)
     left = np.flatnonzero(kept)
     popularity = split.training_counts(sequences, len(items))
-    bucket = (quantile(ends[left] - starts[left]) * BUCKETS + quantile(popularity[targets[left]]))
+    at = ends[left] - 1
+    length = at - sequences.indptr[sequences.user_of(at)]  # of all that came before: windows are cut to max_history
+    bucket = quantile(length) * BUCKETS + quantile(popularity[targets[left]])
     counts = np.bincount(bucket, minlength=BUCKETS**2)
     wanted = min(len(left), max(1, round(share * len(ends))))
     # number of each request within its bucket, in a random order: the first ones of all buckets come first

@@ -1,7 +1,7 @@
 # make setup   a virtual environment with everything, in .venv
 # make test    the tests
 # make sanitize   the C++ code and its tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
-# make demo    train on MovieLens-100K and report, 4 to 10 minutes on 2 cores
+# make demo    train on MovieLens-100K and report, 4 to 6 minutes on 2 cores
 # Settings: PYTHON=python3.12 (which interpreter), TORCH_ARGS="--index-url URL" (where torch alone comes from)
 
 PYTHON ?= python3

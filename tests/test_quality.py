@@ -15,7 +15,7 @@ from benchmarks.quality import controls, settings
 from benchmarks.quality import train as training
 from benchmarks.quality.protocol import HISTORY_ONLY, gains, make_requests
 from benchmarks.quality.results import compare
-from benchmarks.quality.rivals import train_sasrec_row
+from benchmarks.quality.rivals import make_id_row, train_sasrec_row
 from benchmarks.quality.rows import ROWS, chosen, why_not
 from benchmarks.quality.settings import DATA, DataSet, base_config
 from benchmarks.quality.train import Deadline, build, config_of
@@ -302,6 +302,23 @@ def test_what_makes_a_row_is_not_changed(tiny, command, capsys):
         with pytest.raises(SystemExit):
             command("--rows", row, "--on", "valid", "--set", change)
         assert f"--set {change.partition('=')[0]}: row {row} has its own" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_row_of_injected_vectors_ranks_by_their_cosine(tiny_data):
+    from karma_fast.model.id_vectors import id_vectors
+    from karma_fast.recipes.ra_rec import Config
+
+    requests = make_requests(tiny_data, DataSet("tiny", 7, "last", 12, 1), "test")
+    ready = make_id_row(Config(id_dim=8, max_history=2), tiny_data)
+    found = ready.score(requests, False, False)
+    e = np.nan_to_num(id_vectors(tiny_data.sequences, tiny_data.split, 40, 8))
+    events = tiny_data.sequences.items
+    for row, position in enumerate(requests.positions):
+        u = 0.7 * e[events[position - 2]] + e[events[position - 1]]
+        scores = e @ (u / np.linalg.norm(u))
+        above = (scores > scores[events[position]] + 1e-5).sum()
+        assert above <= found.expected[row] <= above + (np.abs(scores - scores[events[position]]) < 1e-5).sum() - 1
+    assert not ROWS["ra-rec-ids"].seeded and ROWS["ra-rec"].parent == "ra-rec-ids" and ready.model is None
 
 
 def test_time_that_is_over_ends_sasrec_after_an_epoch(tiny_data, monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ from .. import RESULTS
 from ..machine import describe, file_name
 from .protocol import Requests, make_requests, variants
 from .results import Results, compare, save_ranks
-from .rivals import make_baseline, make_query_row, train_sasrec_row
+from .rivals import make_baseline, make_id_row, make_query_row, train_sasrec_row
 from .rows import RECIPES, ROWS, Row, chosen, why_not
 from .settings import DATA, DataSet, base_config, facts_of
 from .train import Ready, refuse_fixed, train_karma
@@ -72,6 +72,8 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
         return make_baseline(row, data)
     if row.kind == "query":
         return make_query_row(row, data)
+    if row.kind == "ids":
+        return make_id_row(table.bases["ra_rec"].model, data)
     if row.kind == "sasrec":
         return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
     return train_karma(row, table.bases[row.kind], data, seed, folder, table.end)

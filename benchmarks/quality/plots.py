@@ -9,7 +9,7 @@ import numpy as np
 from ..plot import COLOURS, MARKERS
 from .tables import by_row, diagnosed, name_of, values_of
 
-KINDS = {"baseline": COLOURS[6], "query": COLOURS[6], "sasrec": COLOURS[1], "karma": COLOURS[5],
+KINDS = {"baseline": COLOURS[6], "query": COLOURS[6], "ids": COLOURS[6], "sasrec": COLOURS[1], "karma": COLOURS[5],
          "ra_rec": COLOURS[4]}
 SHOWN = {"u_effective_rank": "effective rank of u", "history_sink": "history sink",
          "perplexity_ratio": "perplexity over the untuned model's"}

@@ -1,4 +1,4 @@
-"""The rows without our language model: training-free scores, queries matched with texts, SASRec."""
+"""The rows without our language model: training-free scores, queries matched with texts, ID vectors, SASRec."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from karma_fast.commands.common import draw
-from karma_fast.data import Dataset
+from karma_fast.data import Dataset, cache_dir
 from karma_fast.data.batches import query_of
 from karma_fast.evaluation import Ranks
+from karma_fast.recipes.ra_rec.config import RaRecConfig
+from karma_fast.recipes.ra_rec.id_models import known_vectors, make_id_model
 
 from .protocol import Requests, gains
 from .rows import Row
@@ -108,6 +112,20 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
         return with_weight(best)
 
     return Ready(score_by(tuned), facts)
+
+
+def make_id_row(config: RaRecConfig, data: Dataset) -> Ready:
+    """Cosine of the ID vectors that RA-Rec injects for a request and for an item; 0 where one has none."""
+    id_model = make_id_model(config, data.items, data.sequences, data.split, 0, cache_dir())
+
+    def unit(vectors: Tensor) -> Tensor:
+        return F.normalize(vectors.nan_to_num(), dim=-1)
+
+    def score(requests: Requests, masked: bool, queries: bool) -> Ranks:
+        users = id_model.user_vectors(requests.read(config.max_history)[0])
+        return requests.rank(unit(users), unit(known_vectors(id_model, data.sequences, data.split)), masked)
+
+    return Ready(score, {"id_model": config.id_model})
 
 
 def train_sasrec_row(data: Dataset, settings: dict[str, Any], seed: int, folder: Path, end: float) -> Ready | None:

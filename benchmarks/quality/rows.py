@@ -23,7 +23,7 @@ class Row:
     """
 
     name: str
-    kind: Literal["baseline", "query", "sasrec", "karma", "ra_rec"]
+    kind: Literal["baseline", "query", "ids", "sasrec", "karma", "ra_rec"]
     label: str
     differs: str = ""
     parent: str = ""
@@ -34,7 +34,7 @@ class Row:
     @property
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
-        return self.kind not in ("baseline", "query")
+        return self.kind not in ("baseline", "query", "ids")
 
 
 BASELINE_ROWS = [Row(name, "baseline", label) for name, label in (
@@ -62,7 +62,9 @@ ROWS: dict[str, Row] = {row.name: row for row in [
     Row("no-llm", "karma", "L_act, no language model", "control: u from the shortcuts alone", "A",
         ACT_ALONE | {"tuning": "frozen"}, "NoLanguageModel"),
     Row("frozen", "karma", "L_act, LLM frozen", "trains the projections alone", "A", ACT_ALONE | {"tuning": "frozen"}),
-    Row("ra-rec", "ra_rec", "RA-Rec", "reads titles and injected ID vectors, language model frozen; steps of its own"),
+    Row("ra-rec-ids", "ids", "RA-Rec's ID vectors alone", "ranks by what RA-Rec injects, without a language model"),
+    Row("ra-rec", "ra_rec", "RA-Rec", "reads titles and injected ID vectors, language model frozen; steps of its own",
+        "ra-rec-ids"),
     Row("ra-rec-input", "ra_rec", "RA-Rec, vectors at the input alone", "no injection into the layers", "ra-rec",
         {"injection": "input"}),
     Row("ra-rec-no-align", "ra_rec", "RA-Rec, no alignment", "no alignment losses", "ra-rec", {"align_weight": 0.0}),

@@ -14,7 +14,7 @@ from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.data.words import word_vectors
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
-from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf
+from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
@@ -498,3 +498,14 @@ def test_a_conversion_leaves_that_of_a_faster_process(tiny_backbone, tmp_path, m
     convert_gguf(tmp_path / "tiny.gguf", folder)
     assert (folder / "of the other").exists() and (folder / "model.safetensors").exists()
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("process", "gpus", "device"), [(None, 2, "cuda"), ("1", 2, "cuda:1"), ("3", 1, "cuda:0"),
+                                                         ("1", 0, "cpu")])
+def test_each_process_of_torchrun_takes_its_own_gpu(process, gpus, device, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if process is not None:
+        monkeypatch.setenv("LOCAL_RANK", process)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert default_device() == torch.device(device)

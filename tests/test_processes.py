@@ -1,4 +1,8 @@
-"""Two processes with half of the batch each give the gradients of one with the whole, and stop together."""
+"""Two processes with half of the batch each give the gradients of one with the whole, and stop together.
+
+The processes' group is made before or after the model: by `karma-fast train` before, by a loop in Python after, where
+the training's arguments make it.
+"""
 
 import os
 import subprocess
@@ -27,9 +31,6 @@ from karma_fast.step import backward
 # float32, so that what is left of a difference is a fault and not rounding
 backbone.compute_dtype = reading.compute_dtype = lambda device: torch.float32
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
-if processes > 1:
-    dist.init_process_group("gloo")
-rank = dist.get_rank() if processes > 1 else 0
 data = load_dataset(DataConfig(**eval((folder / "data.txt").read_text())))
 config = KarmaConfig(**eval((folder / "model.txt").read_text()))
 sequences = data.sequences
@@ -37,9 +38,16 @@ events = len(sequences.items)
 sequences.negatives_indptr = np.arange(events + 1, dtype=np.int64)
 sequences.negatives = np.random.default_rng(0).integers(0, 40, events).astype(np.int32)
 data.items.image_vectors = np.random.default_rng(1).standard_normal((40, 6)).astype(np.float32)
+"""
+GROUP = """
+if processes > 1:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if processes > 1 else 0
+"""
+BUILD = """
 model = karma.KarmaModel.build(config, data.items, sequences, data.split, cache=folder, device="cpu")
 """
-GRADIENTS = COMMON + """
+GRADIENTS = COMMON + BUILD + GROUP + """
 starts, ends = training_windows(sequences, data.split, config.max_history, config.positions)
 windows = list(zip(starts.tolist(), ends.tolist()))[:8]
 log_q, share = log_sampling_probability(sequences, data.split, 40), 8 // processes
@@ -53,7 +61,7 @@ average_gradients(list(trained.values()), bucket=5000)
 if rank == 0:
     torch.save({n: p.grad for n, p in trained.items()}, folder / f"out-{processes}.pt")
 """
-TRAINING = COMMON + """
+TRAINING = COMMON + BUILD + """
 from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 args = KarmaTrainingArguments(output_dir=folder / f"run-{processes}", max_steps=4, warmup_steps=0,
@@ -62,10 +70,10 @@ args = KarmaTrainingArguments(output_dir=folder / f"run-{processes}", max_steps=
                               gradient_accumulation_steps=2, learning_rate=1e-2, adam_epsilon=1e-3, use_cpu=True)
 trainer = KarmaTrainer(model, args, data)
 trainer.train()
-if rank == 0:
+if args.process_index == 0:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, folder / f"out-{processes}.pt")
 """
-INTERRUPTED = COMMON + """
+INTERRUPTED = COMMON + GROUP + BUILD + """
 import os, signal, time
 from transformers import Trainer, TrainerCallback
 from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments

@@ -431,10 +431,11 @@ from karma_fast.step import backward
 
 backbone.compute_dtype = reading.compute_dtype = lambda device: torch.float32
 processes, (settings, files) = int(sys.argv[2]), eval(Path("settings.txt").read_text())
+data = load_dataset(DataConfig(**files))
+model = RaRecModel.build(Config(**settings), data.items, data.sequences, data.split, device="cpu").train()
 if processes > 1:
     dist.init_process_group("gloo")
-rank, data = dist.get_rank() if processes > 1 else 0, load_dataset(DataConfig(**files))
-model = RaRecModel.build(Config(**settings), data.items, data.sequences, data.split, device="cpu").train()
+rank = dist.get_rank() if processes > 1 else 0
 starts, ends = model.training_windows(data.sequences, data.split)
 share, windows = 12 // processes, list(zip(starts.tolist(), ends.tolist()))
 windows = (windows[:9] + windows[:3])[rank * share:][:share]  # the processes have items in common

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,7 +23,11 @@ GGUF_ASSETS = {"smollm2-135m-instruct": ("smollm2-135m-instruct", "SmolLM2-135M-
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one; each of torchrun's processes takes its own, as transformers' Trainer does."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    process = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda" if process is None else f"cuda:{int(process) % torch.cuda.device_count()}")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -72,11 +72,10 @@ class KarmaModel(Recommender):
         self.query_shortcut = None
         if features.query_words is not None:
             self.query_shortcut = QueryShortcut(features.widths["words"], config.embedding_dim)
-        gather = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.loss = KarmaLoss(
             config.act_weight, config.gen_weight, config.rec_weight, config.vis_weight, config.decode_weight,
             InfoNCELoss(config.init_scale, config.learnable_scale, config.max_scale, symmetric=config.symmetric,
-                        normalize=False, gather=gather))
+                        normalize=False, gather=True))
         self.prompts = Prompts(config, tokenizer, items.texts,
                                None if self.query_shortcut is None else vocabulary(items.texts))
         self.to(model.device)
@@ -91,7 +90,7 @@ class KarmaModel(Recommender):
         Args:
             config: see `KarmaConfig`.
             items, sequences, split: from `karma_fast.data.load_dataset`. Only the training part is read.
-            seed: of the new weights. device: default the GPU if there is one.
+            seed: of the new weights. device: default the GPU if there is one, under torchrun the process's own.
             cache: folder for text vectors; default the user's cache.
         """
         from ..data.assets import cache_dir

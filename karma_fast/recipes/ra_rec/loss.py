@@ -56,13 +56,7 @@ class RaRecLoss(WeightedLoss):
 
 
 def first_here(ids: Tensor) -> Tensor:
-    """(n,) distinct ids of this process -> (n,) bool: no process before it has the id. All must call it together.
-
-    >>> first_here(torch.tensor([4, 9]))
-    tensor([True, True])
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return torch.ones_like(ids, dtype=torch.bool)
+    """(n,) distinct ids of this process -> (n,) bool: no process before it has the id. All must call it together."""
     sizes = ids.new_empty(dist.get_world_size())
     all_gather(sizes, ids.new_tensor([len(ids)]))
     before = int(sizes[:dist.get_rank()].sum())

@@ -18,6 +18,7 @@ from ...model.backbone import causal_lm, decoder_layers, load_backbone
 from ...model.packed_attention import PACKED
 from ...model.recommender import Recommender
 from ...model.storage import load_parts
+from ...processes import several
 from .config import RaRecConfig
 from .id_models import known_vectors, load_id_model, make_id_model, save_id_model
 from .injection import LayerVectors, inject_into
@@ -57,9 +58,8 @@ class RaRecModel(Recommender):
             # what both sides of the alignment are compared less: means of text, and of what is injected, at the start
             self.register_buffer(f"{kind}_texts", torch.zeros(count, hidden))
             self.register_buffer(f"{kind}_injected", torch.zeros(count, hidden))
-        gather = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.loss = RaRecLoss(config.act_weight, config.align_weight, config.align_scale,
-                              BPRLoss(config.init_scale, config.learnable_scale, config.max_scale, gather=gather))
+                              BPRLoss(config.init_scale, config.learnable_scale, config.max_scale, gather=True))
         self._encoded: tuple[tuple, Tensor] | None = None
         self.to(self.device)
 
@@ -73,7 +73,7 @@ class RaRecModel(Recommender):
         Args:
             config: see `RaRecConfig`.
             items, sequences, split: from `karma_fast.data.load_dataset`. Only the training part is read.
-            seed: of the new weights. device: default the GPU if there is one.
+            seed: of the new weights. device: default the GPU if there is one, under torchrun the process's own.
             cache: folder for trained ID models; default the user's cache.
         """
         from ...data.assets import cache_dir
@@ -209,8 +209,8 @@ class RaRecModel(Recommender):
         centers = getattr(self, f"{kind}_injected"), getattr(self, f"{kind}_texts")
         texts = torch.cat([self.text_states(chunk)[:len(centers[0])] for chunk in chunks], dim=1)
         vectors = torch.cat([chunk.vectors for chunk in chunks]) * getattr(self, f"{kind}_scale")
-        if kind == "item" and self.loss.alignment.gather:  # an item that several processes have counts once
-            own = first_here(batch.keys)
+        if kind == "item" and self.loss.alignment.gather and several():
+            own = first_here(batch.keys)  # an item that several processes have counts once
             texts, vectors = texts[:, own], vectors[own]
         losses = [self.loss.alignment(mean - start, text - center) for mean, text, start, center in
                   zip(self.injected[kind].means(vectors), texts, *centers, strict=True)]

@@ -192,6 +192,12 @@ class ItemIndex:
         return index
 
 
+def remove_index(folder: str | Path) -> None:
+    """Removes what `ItemIndex.save` wrote, if it is there; first the file without which the rest is no index."""
+    for name in (SETTINGS_FILE, INDEX_FILE, VECTORS_FILE):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def _member(items: np.ndarray, query_rows: np.ndarray, seen: Csr, num_items: int) -> np.ndarray:
     """(R, F) found items -> whether each is among its query's seen ones."""
     indptr, indices = seen

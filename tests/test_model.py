@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from karma_fast.commands.recommend import item_index
 from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
@@ -18,6 +19,7 @@ from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, def
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
+from karma_fast.retrieval import ItemIndex
 
 
 def build(tiny_config, tiny_data, tmp_path, items=None, **changes) -> KarmaModel:
@@ -339,6 +341,17 @@ def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):
 
     held = load_file(tmp_path / "model" / "model.safetensors")
     assert not any("embed_tokens" in n or "lm_head" in n for n in held)  # the frozen language model is not copied
+
+
+def test_saving_a_model_removes_the_index_of_the_one_before(tiny_config, tiny_data, tmp_path):
+    model, folder = build(tiny_config, tiny_data, tmp_path), tmp_path / "model"
+    ItemIndex(model.encode_items().flip(0)).save(folder)
+    (folder / "index.faiss").touch()
+    (folder / "index.safetensors").touch()
+    model.save_pretrained(folder)
+    assert not list(folder.glob("index.*"))
+    u = model.encode_items()[:5]
+    assert item_index(model, folder).search(u, 3)[1].tolist() == (u @ model.encode_items().T).topk(3).indices.tolist()
 
 
 def test_items_with_rare_line_ends_are_saved(tiny_config, tiny_data, tmp_path):

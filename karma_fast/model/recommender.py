@@ -120,6 +120,7 @@ class Recommender(nn.Module):
     def save_pretrained(self, folder, facts: dict | None = None) -> None:
         """Writes config, weights, items with their features, and a model card that tells ``facts``.
 
+        An index in the folder belonged to the model before and is removed; `ItemIndex.save` writes a new one.
         facts: for example {"data": ..., "protocol": ..., "rows": {"karma": {"HR@10": ...}}}.
         """
         save_model(self, Path(folder), facts)

@@ -13,6 +13,7 @@ import torch
 from ..config import ConfigError, ModelConfig
 from ..data.schema import Items
 from ..recipes import RECIPES, recipe
+from ..retrieval import remove_index
 
 if TYPE_CHECKING:
     from .recommender import Recommender
@@ -49,6 +50,7 @@ def versions() -> dict[str, str]:
 
 def save_model(model: Recommender, folder: Path, facts: dict[str, Any] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    remove_index(folder)  # of another model's embeddings
     model.save_weights(folder)
     save_tensors(model.item_tensors(), folder / "items.safetensors")
     lines = [json.dumps({"id": str(i), "title": title, "text": text}, ensure_ascii=False)

@@ -22,7 +22,7 @@ from .data import DataError, check, load_dataset
 from .data.batches import KarmaCollator, request
 from .data.schema import Dataset
 from .evaluation import held_out_ranks, seen_before, top_k
-from .evaluation.attention import attention_map
+from .evaluation.attention import NoAttention, attention_map
 from .evaluation.decoding import decoding_check
 from .evaluation.evaluate import encode_requests, evaluate_model, protocol
 from .evaluation.report import write_report
@@ -90,7 +90,11 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         with stage("start", stages):
             before = encode_requests(model, data, positions)
             rows[f"{own}_start"] = evaluate_model(model, data, positions, users=before)
-            labels, map_before = attention_of(model, data, shown[0])
+            try:
+                labels, map_before = attention_of(model, data, shown[0])
+            except NoAttention as error:
+                labels = []
+                say(f"  {error}")
         say(f"  HR@10 {rows[f'{own}_start']['HR@10']:.4f}; best of the baselines "
             f"{max(rows[name]['HR@10'] for name in BASELINES.values()):.4f}\n")
 
@@ -115,7 +119,8 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         drawn = np.searchsorted(positions, draw(of_users, DECODED, args.seed))
         decoding = decoding_check(model, after[drawn], data.sequences.items[positions[drawn]])
         examples = examples_of(model, data, shown, after[np.searchsorted(positions, shown)])
-        _, map_after = attention_of(model, data, shown[0])
+        if labels:
+            _, map_after = attention_of(model, data, shown[0])
     metrics = {"recipe": own, "rows": rows, "protocol": protocol(data, positions, config.model.max_history),
                "requests": len(positions), "seed": args.seed,
                "steps": trainer.state.global_step, "command": command, "versions": versions(),
@@ -125,9 +130,11 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             name: metrics[name] for name in ("protocol", "rows", "requests", "seed", "steps", "command", "device")}})
         ItemIndex(model.encode_items(), model.config.index).save(folder / "model")
     write_json(folder / "examples.json", examples)
-    write_json(folder / "attention.json", {
-        "labels": labels, "before": map_before.tolist(), "after": map_after.tolist(), "user": examples[0]["user"],
-        "note": "Before training the adapters change nothing, but the items' tokens come from untrained projections."})
+    if labels:
+        write_json(folder / "attention.json", {
+            "labels": labels, "before": map_before.tolist(), "after": map_after.tolist(), "user": examples[0]["user"],
+            "note": "Before training the adapters change nothing, but the items' tokens come from untrained "
+                    "projections."})
     metrics |= {"seconds": time.perf_counter() - started, "stage_seconds": stages,
                 "peak_rss_bytes": peak_memory_bytes(model.device)}
     write_json(folder / "metrics.json", metrics)

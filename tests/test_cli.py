@@ -331,6 +331,26 @@ def test_resume_after_a_kill_gives_the_same_model(here, capsys):
     assert json.loads(Path("runs/again/metrics.json").read_text(encoding="utf-8"))["requests"] == 10
 
 
+def test_a_backbone_without_attention_leaves_its_map_out(here, tiny_backbone, tmp_path, capsys):
+    import torch
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    folder, backbone = tmp_path / "run", tmp_path / "mamba"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
+    tokenizer.save_pretrained(backbone)
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4,
+                                 bos_token_id=None, eos_token_id=0, pad_token_id=0)).save_pretrained(backbone)
+    words = ["--backbone", str(backbone), "--lora_targets", "in_proj", "--max_steps", "2", "--test-users", "5"]
+    assert main(["train", "shop.yaml", *words, "--output_dir", str(folder)]) == 0
+    assert "MambaForCausalLM: none of its layers reports attention weights" in capsys.readouterr().out
+    assert (folder / "metrics.json").is_file() and not (folder / "attention.json").exists()
+    assert "## Attention" not in (folder / "report.md").read_text(encoding="utf-8")
+    assert main(["diagnose", str(folder), "--requests", "20", "--decoder-steps", "0"]) == 0
+    assert "not measured: no layer of MambaForCausalLM reports attention weights" in capsys.readouterr().out
+    assert main(["recommend", str(folder), "--history", "i5,i6", "--k", "3", "--json", "--explain"]) == 0
+
+
 def test_ctrl_c_saves_and_exits_with_130(shop):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
                                 "XDG_CACHE_HOME": str(shop / "cache")}

@@ -1,5 +1,6 @@
 """The report of a run: what it says, that it survives broken runs, and that nothing in a title can break the page."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karma_fast.evaluation.attention import attention_map
+from karma_fast.evaluation.attention import NoAttention, attention_map
 from karma_fast.evaluation.charts import columns, heat_map, line_chart, sparkline, text_heat_map, tick_labels, ticks
 from karma_fast.evaluation.page import Section, Table, to_markdown
 from karma_fast.evaluation.report import write_report
@@ -493,6 +494,20 @@ def test_an_attention_map_is_causal_and_labelled_and_leaves_no_trace(model):
     core = causal_lm(model.backbone).base_model
     assert not core._forward_hooks and not core._forward_pre_hooks
     torch.testing.assert_close(model.encode_users([history]), before)
+
+
+def test_a_backbone_without_softmax_attention_has_no_map(tiny_config, tiny_data, tiny_backbone, tmp_path):
+    from transformers import AutoTokenizer, RwkvConfig, RwkvForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
+    tokenizer.save_pretrained(tmp_path)
+    RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, attention_hidden_size=32,
+                               num_hidden_layers=2, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    config = dataclasses.replace(tiny_config.model, backbone=str(tmp_path), tuning="frozen")
+    model = KarmaModel.build(config, tiny_data.items, tiny_data.sequences, tiny_data.split, device="cpu",
+                             cache=tmp_path)
+    with pytest.raises(NoAttention, match="RwkvForCausalLM: none of its layers"):  # it calls states attentions
+        attention_map(model, [0, 1, 2])
 
 
 def test_an_attention_map_goes_into_the_report(model, tmp_path):

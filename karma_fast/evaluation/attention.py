@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ..model.recommender import Recommender
 
 
+class NoAttention(ValueError):
+    """The language model has no attention layer that can report its weights."""
+
+
 def attention_map(model: Recommender, history: np.ndarray, query: str = "") -> tuple[list[str], np.ndarray]:
     """Mean attention over the heads and layers of the language model for one request, as serving reads it.
 
@@ -29,7 +33,7 @@ def attention_map(model: Recommender, history: np.ndarray, query: str = "") -> t
         where the model stands, column = what it looks at. Rows sum to 1, up to the rounding of the model's dtype.
 
     Raises:
-        ValueError: the language model has no attention layer that can report its weights.
+        NoAttention: the language model has no attention layer that can report its weights.
 
     What the served embedding looks at is the last row: ``dict(zip(labels, weights[-1]))``.
     """
@@ -38,8 +42,8 @@ def attention_map(model: Recommender, history: np.ndarray, query: str = "") -> t
         model.encode_users([history], [query])
     if not layers:
         name = type(causal_lm(model.backbone)).__name__
-        raise ValueError(f"{name}: none of its layers reports attention weights, so there is no map; use a backbone "
-                         "with softmax attention")
+        raise NoAttention(f"{name}: none of its layers reports attention weights, so there is no map; use a backbone "
+                          "with softmax attention")
     return model.prompts.labels(history, query, model.items), torch.stack(layers).mean(dim=0).numpy()
 
 
@@ -51,8 +55,8 @@ def recorded(model, receive: Callable[[Tensor], None]) -> Iterator[None]:
         return args, kwargs | {"output_attentions": True}
 
     def collect(module, args, output):
-        for layer in output.attentions or ():
-            if layer is not None:  # layers without softmax attention report nothing
+        for layer in getattr(output, "attentions", None) or ():  # Mamba's output has no such field
+            if layer is not None and layer.ndim == 4:  # None without softmax attention; RWKV has states there
                 receive(layer[0])
 
     core = model.base_model

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -130,6 +131,8 @@ class ModelConfig(Section):
     index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
 
     def __post_init__(self) -> None:
+        if os.path.isdir(self.backbone):  # so that a saved model, or a run, finds it from any folder
+            self.backbone = str(Path(self.backbone).resolve())
         self.at_least(1, "max_history", "id_window")
         self.at_least(0, "id_dim", "max_query_tokens")
         require(0 < self.init_scale <= self.max_scale,

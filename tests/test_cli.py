@@ -17,8 +17,9 @@ import yaml
 
 from karma_fast import __version__
 from karma_fast.cli import build_parser, explain, main, split_settings
-from karma_fast.config import ConfigError
+from karma_fast.config import ConfigError, RunConfig
 from karma_fast.evaluation import paths
+from karma_fast.run_setup import prepare_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,6 +311,19 @@ def test_a_run_is_not_overwritten_and_can_go_on(here, capsys):
     assert (here / "runs/tiny/metrics.json").read_text(encoding="utf-8") == before
     assert main(["train", "shop.yaml", "--resume", "--embedding_dim", "8"]) == 2
     assert "model.embedding_dim" in capsys.readouterr().err
+
+
+def test_a_run_started_with_a_relative_backbone_can_go_on(tiny_config, tiny_backbone, monkeypatch):
+    monkeypatch.chdir(tiny_backbone.parent)
+    folder = Path(tiny_config.training["output_dir"])
+    prepare_folder(folder, tiny_config, resume=False, overwrite=False)
+    (folder / "metrics.json").touch()
+    started = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    started["model"]["backbone"] = tiny_backbone.name  # as an earlier version wrote it
+    (folder / "config.yaml").write_text(yaml.safe_dump(started), encoding="utf-8")
+    tiny_config.model.backbone = str(tiny_backbone)
+    prepare_folder(folder, tiny_config, resume=True, overwrite=False)
+    assert RunConfig.load(folder / "config.yaml").model.backbone == str(tiny_backbone)
 
 
 def test_resume_after_a_kill_gives_the_same_model(here, capsys):

@@ -19,6 +19,7 @@ from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, def
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
+from karma_fast.recipes import RECIPES, recipe
 from karma_fast.retrieval import ItemIndex
 
 
@@ -352,6 +353,16 @@ def test_saving_a_model_removes_the_index_of_the_one_before(tiny_config, tiny_da
     assert not list(folder.glob("index.*"))
     u = model.encode_items()[:5]
     assert item_index(model, folder).search(u, 3)[1].tolist() == (u @ model.encode_items().T).topk(3).indices.tolist()
+
+
+def test_a_local_backbone_is_found_from_any_folder(tiny_config, tiny_data, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_backbone.parent)
+    for name in RECIPES:
+        assert recipe(name).Config(backbone=tiny_backbone.name).backbone == str(tiny_backbone.resolve())
+        assert recipe(name).Config(backbone="some/hub-id").backbone == "some/hub-id"
+    build(tiny_config, tiny_data, tmp_path, backbone=f"./{tiny_backbone.name}").save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    KarmaModel.from_pretrained(tmp_path / "model", device="cpu")
 
 
 def test_items_with_rare_line_ends_are_saved(tiny_config, tiny_data, tmp_path):

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from .model.recommender import Recommender
 
 MEMORY_ONLY = ("gradient_checkpointing", "attention")  # what may change when a run goes on: no result hangs on it
+# what a checkpoint's states belong to: changed, these would have no effect, break it, or mix two runs
+OF_THE_START = ("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+                "lr_scheduler_type", "metric_for_best_model", "greater_is_better")
+RATES = ("learning_rate", "projection_learning_rate")
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that make each rate of the one before
 DDP_TIMEOUT = 4 * 3600  # seconds; process 0 ranks all test requests before the first step, for which the others wait
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
 
@@ -62,15 +67,17 @@ def training_settings(values: dict[str, Any]) -> dict[str, Any]:
 def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArguments:
     """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
     config.training = training_settings(config.training) | {"output_dir": str(folder)}
-    defaults = {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
-                "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
-                "ddp_timeout": DDP_TIMEOUT}
-    if torch.cuda.is_available():
-        defaults |= gpu_defaults()
     try:
-        return KarmaTrainingArguments(**(defaults | config.training))
+        return KarmaTrainingArguments(**(run_defaults() | config.training))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+
+
+def run_defaults() -> dict[str, Any]:
+    """Training settings of a run whose defaults are not those of `KarmaTrainingArguments`."""
+    return {"report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+            "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
+            "ddp_timeout": DDP_TIMEOUT} | (gpu_defaults() if torch.cuda.is_available() else {})
 
 
 def gpu_defaults() -> dict[str, Any]:
@@ -127,6 +134,10 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     """Makes the folder and writes config.yaml; ConfigError if it holds a run that must not be touched."""
     import yaml
 
+    def refuse(name: str, before: Any, now: Any) -> None:
+        raise ConfigError(f"{name}: {folder} was started with {before!r} and cannot go on with {now!r}; set it back, "
+                          "or start anew with --overwrite")
+
     exists = (folder / "metrics.json").exists() or any(folder.glob("checkpoint-*"))
     if exists and not (resume or overwrite):
         raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, and "
@@ -142,8 +153,13 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         for section in ("data", "model"):
             for key, value in now[section].items():
                 if before[section][key] != value and key not in MEMORY_ONLY:
-                    raise ConfigError(f"{section}.{key}: {folder} was started with {before[section][key]!r} and "
-                                      f"cannot go on with {value!r}; set it back, or start anew with --overwrite")
+                    refuse(f"{section}.{key}", before[section][key], value)
+        was, settings = (run_defaults() | training_settings(part["training"]) for part in (before, now))
+        schedule = settings.get("lr_scheduler_type")
+        for key in (*OF_THE_START, *(RATES if schedule in BY_METRIC else ())):
+            default = getattr(KarmaTrainingArguments, key)
+            if was.get(key, default) != settings.get(key, default):
+                refuse(f"training.{key}", was.get(key, default), settings.get(key, default))
     if exists and not resume:  # what the earlier run wrote, and nothing else
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)

@@ -302,6 +302,20 @@ class KarmaTrainer(Trainer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The states of a checkpoint with the arguments' rates and weight decay, which may have changed since."""
+        ours = [(group.get("initial_lr"), group["weight_decay"]) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        for group, (_, decay) in zip(groups, ours, strict=True):
+            group["weight_decay"] = decay
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return  # it makes each rate of the one before, so the checkpoint's are all there is
+        scheduler.base_lrs = [rate for rate, _ in ours]
+        for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.args.should_save:  # every process is asked
             self.model.save_weights(Path(output_dir or self.args.output_dir))
@@ -448,7 +462,11 @@ class _Hooks(TrainerCallback):
         """The random state that a checkpoint of this step has to hold."""
         self.trainer.random_state = random_state(self.trainer.model.device)
 
-    on_train_begin = on_step_begin = remember
+    on_step_begin = remember
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # the arguments' intervals, not a checkpoint's
+        self.remember(args, state, control)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.doing = "optimiser"

@@ -326,6 +326,30 @@ def test_a_run_started_with_a_relative_backbone_can_go_on(tiny_config, tiny_back
     assert RunConfig.load(folder / "config.yaml").model.backbone == str(tiny_backbone)
 
 
+@pytest.mark.parametrize("before, now, refused", [
+    ({}, {"optim": "adafactor"}, "optim"), ({"adam_beta2": 0.99}, {}, "adam_beta2"),
+    ({"seed": 1}, {"seed": 2}, "seed"), ({}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
+    ({"lr_scheduler_type": "greedy"}, {"lr_scheduler_type": "greedy", "learning_rate": 1e-5}, "learning_rate"),
+    ({}, {"learning_rate": 1e-5, "weight_decay": 0, "max_steps": 9, "save_steps": 7, "seed": 42}, None),
+    ({"metric_for_best_model": "MRR"}, {"metric_for_best_model": "MRR", "chunk_size": 4}, None)])
+def test_training_settings_that_cannot_change_when_a_run_goes_on(tmp_path, before, now, refused):
+    from karma_fast.config import RunConfig
+    from karma_fast.run_setup import prepare_folder, training_settings
+
+    def prepare(training, resume):
+        prepare_folder(tmp_path, RunConfig(training=training_settings(training)), resume, False)
+        return (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+    held = prepare(before, False)
+    (tmp_path / "checkpoint-3").mkdir()
+    if refused is None:
+        assert prepare(now, True) != held
+        return
+    with pytest.raises(ConfigError, match=f"^training.{refused}: .* was started with .* set it back, or start anew"):
+        prepare(now, True)
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == held
+
+
 def test_resume_after_a_kill_gives_the_same_model(here, capsys):
     """A second run, cut back to its checkpoint at step 2, ends where the uninterrupted one did."""
     import shutil

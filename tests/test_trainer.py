@@ -177,6 +177,37 @@ def test_a_folder_with_checkpoints_is_kept_unless_told_otherwise(tiny_config, ti
     assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
+def test_going_on_takes_the_rates_and_intervals_of_now(tiny_config, tiny_data, tmp_path):
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            taken[state.global_step + 1] = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+    taken, now = {}, {"learning_rate": 3e-5, "projection_learning_rate": 1e-4, "weight_decay": 0.3, "save_steps": 3,
+                      "logging_steps": 2, "eval_steps": 3}
+    options = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3e-4,
+               "projection_learning_rate": 2e-4, "weight_decay": 0.1, "save_total_limit": 5}
+    trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [Steps()], **options).train()
+    before = taken.copy()
+    old = {line["step"]: line for line in read_log(tmp_path / "run") if "loss" in line}
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [Steps()], **options | now)
+    adapters = {id(p) for p in resumed.model.backbone.parameters()}
+    resumed.train(resume_from_checkpoint=True)
+    for step in (3, 4):
+        for group, (rate, decay), (was, decayed) in zip(resumed.optimizer.param_groups, taken[step], before[step],
+                                                        strict=True):
+            assert rate == pytest.approx(was * (0.1 if id(group["params"][0]) in adapters else 0.5))
+            assert decay == (0.3 if decayed else 0.0)
+    lines = {line["step"]: line for line in read_log(tmp_path / "run") if "loss" in line}
+    assert list(lines) == [1, 2, 4]
+    changed = taken[4][0][0] / before[4][0][0]
+    assert lines[4]["learning_rate"] == pytest.approx(old[4]["learning_rate"] * changed)
+    assert [line["step"] for line in read_log(tmp_path / "run") if "eval_HR@10" in line] == [2, 3, 4]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
 def test_a_kill_while_older_checkpoints_are_removed(tiny_config, tiny_data, tmp_path, monkeypatch):
     options = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
     whole = trainer_of(tiny_config, tiny_data, tmp_path / "whole", tmp_path, **options)

@@ -36,6 +36,8 @@ from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_st
 LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
 COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
 PARTIAL = "partial"  # what it is called while the checkpoint is written or removed
+AFTER_NAN = ("lower training.learning_rate and training.projection_learning_rate, or look for bad vectors with "
+             "`karma-fast check-data`")
 
 
 @dataclass
@@ -272,12 +274,7 @@ class KarmaTrainer(Trainer):
             self._since = now
             self._sums.clear()
             self._norms.clear()
-            for name, value in parts.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"L_{name} is {value} within the last {batches} batches up to step {self.state.global_step}; "
-                        "lower training.learning_rate and training.projection_learning_rate, or look for bad vectors "
-                        "with `karma-fast check-data`")
+            self._refuse_nan(parts, batches)
         super().log(logs, start_time)
 
     def _means(self, batches: int) -> dict[str, float]:
@@ -287,6 +284,12 @@ class KarmaTrainer(Trainer):
         sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device) for name in names])
         means = self.accelerator.gather(sums[None].float()).mean(dim=0) / batches
         return dict(zip(names, means.tolist(), strict=True))
+
+    def _refuse_nan(self, parts: dict[str, float], batches: float) -> None:
+        for name, value in parts.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"L_{name} is {value} within the last {batches:.0f} batches up to step "
+                                         f"{self.state.global_step}; {AFTER_NAN}")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """HR, NDCG, MRR over the full catalogue for the validation users; seen items masked."""
@@ -321,6 +324,12 @@ class KarmaTrainer(Trainer):
             self.model.save_weights(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
+        # what is not finite now never will be again; all processes find the same
+        if self._sums["batches"]:
+            self._refuse_nan(self._means(self._sums["batches"]), self._sums["batches"])
+        largest = torch.stack([torch.linalg.vector_norm(p.detach(), math.inf).float() for p in self.trained])
+        if on_any(not largest.isfinite().all(), self.hosts):
+            raise FloatingPointError(f"step {self.state.global_step} left weights that are not finite; {AFTER_NAN}")
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             mark_partial(folder)
@@ -413,7 +422,7 @@ class KarmaTrainer(Trainer):
         if step == 0 or saved or error.part == "optimiser" or self.args.world_size > 1:
             return
         set_random_state(self.random_state, self.model.device)
-        with contextlib.suppress(torch.OutOfMemoryError, MemoryError, RuntimeError):
+        with contextlib.suppress(torch.OutOfMemoryError, MemoryError, RuntimeError, FloatingPointError):
             self._save_checkpoint(self.model, None)
 
     @contextlib.contextmanager

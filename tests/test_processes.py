@@ -114,6 +114,31 @@ if rank == 0:
     torch.save(every, folder / "out-2.pt")
 dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
 """
+NAN = COMMON + """
+from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+
+args = KarmaTrainingArguments(output_dir=folder / "run", max_steps=4, per_device_train_batch_size=3, save_steps=2,
+                              logging_steps=50, disable_tqdm=True, use_cpu=True)
+trainer = KarmaTrainer(model, args, data)
+step = trainer.training_step
+
+def spoiled(*inputs):
+    loss = step(*inputs)
+    if rank == 1 and trainer.state.global_step == 0:
+        trainer._sums["act"] += torch.nan
+    return loss
+
+trainer.training_step, said = spoiled, ""
+try:
+    trainer.train()
+except FloatingPointError as error:
+    said = str(error)
+every = [None, None]
+dist.all_gather_object(every, said)
+if rank == 0:
+    torch.save(every, folder / "out-2.pt")
+dist.destroy_process_group()
+"""
 
 
 def run_with(processes: int, worker: str, folder: Path):
@@ -158,3 +183,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_config, tiny
     assert first["wrote"] and not second["wrote"]  # else they would write into one file
     assert first["whole"]  # it was not complete before the other had written its part
     assert second["entered"] >= first["called"]  # no collective of the training waited for the late one
+
+
+def test_a_nan_of_one_process_stops_all_before_a_checkpoint(tiny_config, tiny_dataset, tmp_path):
+    prepare(tiny_config, tiny_dataset, tmp_path)
+    first, second = run_with(2, NAN, tmp_path)
+    assert first == second and "L_act is nan within the last 2 batches up to step 2" in first
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -407,6 +407,29 @@ def test_nan_names_its_term(tiny_config, tiny_data, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("what, said", [
+    ("weight", "L_rec is nan within the last 2 batches up to step 2; lower"),
+    ("gradient", "step 2 left weights that are not finite; lower")])
+def test_nan_is_not_saved(tiny_config, tiny_data, tmp_path, what, said):
+    """Neither where no line is logged at the step, nor where no loss has been made of the weights yet."""
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if what == "weight" and state.global_step == 1:
+                weight.data.fill_(math.nan)
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if what == "gradient" and state.global_step == 1:
+                weight.grad.fill_(math.nan)
+
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [Spoil()], save_steps=1, logging_steps=50)
+    weight = trainer.model.decode_projection.down.weight
+    with pytest.raises(FloatingPointError, match=said):
+        trainer.train()
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+
+
 def test_accumulation_averages_the_same_batches(tiny_config, tiny_data, tmp_path):
     """Two batches of 4 accumulated: the parts logged are the means, the step is one."""
     trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, max_steps=1,

@@ -281,9 +281,10 @@ def settings_help() -> str:
 
     others = section_help(RaRecConfig).replace("model settings", "model settings with recipe: ra_rec")
     return (f"{section_help(DataConfig)}\n\n{section_help(KarmaConfig)}\n\n{others}\n\n"
-            "training settings: learning_rate projection_learning_rate per_device_train_batch_size num_train_epochs\n"
+            "training settings: batch_size chunk_size learning_rate projection_learning_rate num_train_epochs\n"
             "  max_steps warmup_steps save_steps logging_steps eval_strategy eval_steps eval_users share_steps seed\n"
-            "  output_dir, and every other field of transformers' TrainingArguments.\n"
+            "  output_dir, per_device_train_batch_size where batch_size is not set, and other fields of\n"
+            "  transformers' TrainingArguments. Those that a step could not follow are refused with what to do.\n"
             "Write a setting as --name value or --section.name value. --seed alone is training.seed.")
 
 

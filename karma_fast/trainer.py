@@ -39,6 +39,16 @@ PARTIAL = "partial"  # what it is called while the checkpoint is written or remo
 AFTER_NAN = ("lower training.learning_rate and training.projection_learning_rate, or look for bad vectors with "
              "`karma-fast check-data`")
 
+NOT_COMPILED = "a step is not compiled, as the tokens of its prompts differ from batch to batch; leave it out"
+REFUSED = {  # settings of transformers that would break a step or have no effect on it
+    "fp16": "the model computes in bfloat16 or float32 by itself, as float16 would need a loss scaler",
+    "gradient_checkpointing": "it is a setting of the model: model.gradient_checkpointing in YAML and flags, "
+                              "KarmaConfig(gradient_checkpointing=True) in Python",
+    "torch_compile": NOT_COMPILED, "torch_compile_backend": NOT_COMPILED, "torch_compile_mode": NOT_COMPILED,
+    "label_smoothing_factor": "none of the losses smooths its labels; leave it out",
+    "torch_empty_cache_steps": "the cache is not emptied between steps; lower chunk_size where memory is short",
+    "auto_find_batch_size": "the batch decides the loss and stays as set; lower chunk_size where memory is short"}
+
 
 @dataclass
 class KarmaTrainingArguments(TrainingArguments):
@@ -81,14 +91,15 @@ class KarmaTrainingArguments(TrainingArguments):
     share_steps: int = field(default=0)
 
     def __post_init__(self) -> None:
+        for name, why in REFUSED.items():  # before transformers acts on them
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name}: got {str(value).lower()}; {why}")
         super().__post_init__()
         for name in ("batch_size", "chunk_size"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}: got {value}; at least 1, or none, is needed")
-        if self.fp16:
-            raise ValueError("fp16: got true; the model computes in bfloat16 or float32 by itself, as float16 would "
-                             "need a loss scaler")
 
 
 def step_of(checkpoint: str | Path) -> int:

@@ -167,13 +167,20 @@ def test_plan_says_what_fits(tmp_path):
 
 
 def test_help_names_commands_settings_and_exit_codes(tmp_path):
+    from transformers import TrainingArguments
+
+    from karma_fast.trainer import KarmaTrainingArguments
+
     out, _ = karma("--help", folder=tmp_path)
     commands = build_parser()[1]
     assert set(commands) == {"demo", "train", "evaluate", "recommend", "embed", "check-data", "plan", "doctor",
                              "baselines", "diagnose", "select"}
     assert all(name in out for name in commands) and "130" in out
     text = commands["train"].format_help()
-    assert "decode_weight=0.1" in text and "projection_learning_rate" in text and "user_column" in text
+    assert "decode_weight=0.1" in text and "user_column" in text
+    own = {field.name for field in dataclasses.fields(KarmaTrainingArguments)} - \
+        {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {"batch_size", "chunk_size", "projection_learning_rate"} <= own <= set(text.replace(",", "").split())
     assert karma("--version", folder=tmp_path)[0].strip() == f"karma-fast {__version__}"
 
 

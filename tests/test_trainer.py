@@ -387,8 +387,22 @@ def test_batch_size_counts_pairs_and_chunk_size_changes_nothing(tiny_config, tin
     for name in ("batch_size", "chunk_size"):
         with pytest.raises(ValueError, match=f"{name}: got 0"):
             KarmaTrainingArguments(use_cpu=True, **{name: 0})
-    with pytest.raises(ValueError, match="fp16"):
-        KarmaTrainingArguments(use_cpu=True, fp16=True)
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("fp16", True, "got true; the model computes in bfloat16"),
+    ("gradient_checkpointing", True, "got true; .*model.gradient_checkpointing in YAML"),
+    ("torch_compile", True, "got true; a step is not compiled"),
+    ("torch_compile_backend", "inductor", "got inductor; a step is not compiled"),
+    ("torch_compile_mode", "default", "got default; a step is not compiled"),
+    ("label_smoothing_factor", 0.1, "got 0.1; none of the losses"),
+    ("torch_empty_cache_steps", 5, "got 5; .*lower chunk_size"),
+    ("auto_find_batch_size", True, "got true; .*lower chunk_size")])
+def test_settings_without_effect_are_refused(name, value, said):
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=f"^{name}: {said}"):
+        KarmaTrainingArguments(use_cpu=True, **{name: value})
+    assert os.environ == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_config, tiny_data, tmp_path):

@@ -51,7 +51,7 @@ class ItemIndex:
         vectors = rows.float32()
         self.kind, self.num_items, self.width = kind, len(vectors), vectors.shape[1]
         self._vectors = self._index = None
-        faiss = _faiss(kind)
+        faiss = faiss_for(kind)
         if faiss is None:
             self._vectors = Catalogue(np.array(vectors))  # a copy: the caller's may change
             return
@@ -182,7 +182,7 @@ class ItemIndex:
             index._vectors = Catalogue(load_file(path)["vectors"])
             found = index._vectors.rows.array.shape
         else:
-            faiss = _faiss("hnsw")  # the file needs faiss, whatever the kind
+            faiss = faiss_for("hnsw")  # the file needs faiss, whatever the kind
             read = faiss.read_index(str(path))
             found = (read.ntotal, read.d)
             index._index = _to_gpu(faiss, read, index.kind, gpu)
@@ -210,8 +210,8 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind: got {kind!r}; flat, hnsw or ivf is needed")
 
 
-def _faiss(kind: str) -> Any:
-    """The module; None if it is missing and not needed."""
+def faiss_for(kind: str) -> Any:
+    """The module; None if it is missing and the kind needs none, else ImportError."""
     try:
         import faiss
     except ImportError:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .baselines import baseline_rows
 from .commands.common import device_name, draw, table
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 from .data import DataError, check, load_dataset
 from .data.batches import KarmaCollator, request
 from .data.schema import Dataset
@@ -30,7 +30,7 @@ from .evaluation.verdict import verdict
 from .model.recommender import Recommender
 from .model.storage import versions, write_atomically
 from .recipes import recipe
-from .retrieval import ItemIndex
+from .retrieval import ItemIndex, faiss_for
 from .run_setup import (
     Lines,
     banner,
@@ -63,6 +63,11 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     started = time.perf_counter() if started is None else started
     folder, stages = Path(folder), {}
     args = training_arguments(config, folder)
+    if config.model.index != "flat":
+        try:
+            faiss_for(config.model.index)  # now, as the index is made after the training
+        except ImportError as error:
+            raise ConfigError(f"model.index: {error}") from error
     leader = args.process_index == 0  # under torchrun the others only train
     say = say if leader else lambda text: None
     if leader:

@@ -463,6 +463,15 @@ def test_wrong_settings_are_named(here, capsys, words, said):
     assert error.startswith("error: ") and said in error and "Traceback" not in error
 
 
+def test_an_index_that_needs_faiss_is_refused_before_the_training(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr("karma_fast.run.checked_data", lambda *args: pytest.fail("the run went on without faiss"))
+    assert main(["train", "shop.yaml", "--output_dir", "runs/no-faiss", "--model.index", "ivf"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.index: this index needs faiss") and "pip install faiss-cpu" in error
+    assert not Path("runs/no-faiss").exists()
+
+
 def test_data_that_cannot_be_trained_on(here, capsys, tmp_path):
     assert main(["train", "missing.yaml"]) == 2
     few = tmp_path / "few.csv"

@@ -404,6 +404,8 @@ class KarmaTrainer(Trainer):
         if self.hosts is not None:  # process 0 may come hours later, and other groups may wait for less
             torch.distributed.barrier(self.hosts)
         self._since, self.doing, self.interrupted = time.perf_counter(), "prompts", False
+        self._sums.clear()  # what an earlier training left when it was stopped
+        self._norms.clear()
         # `_remove_older` keeps to it; transformers would remove what is not marked, and the newest at the end
         self.limit, self.args.save_total_limit = self.args.save_total_limit or 0, None
         try:

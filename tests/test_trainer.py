@@ -437,11 +437,15 @@ def test_nan_is_not_saved(tiny_config, tiny_data, tmp_path, what, said):
             if what == "gradient" and state.global_step == 1:
                 weight.grad.fill_(math.nan)
 
-    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [Spoil()], save_steps=1, logging_steps=50)
+    spoil = Spoil()
+    trainer = trainer_of(tiny_config, tiny_data, tmp_path / "run", tmp_path, [spoil], save_steps=1, logging_steps=50)
     weight = trainer.model.decode_projection.down.weight
     with pytest.raises(FloatingPointError, match=said):
         trainer.train()
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    trainer.remove_callback(spoil)
+    trainer.train(resume_from_checkpoint=True)  # by the same trainer, which must not remember the NaN
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-3"
 
 
 def test_accumulation_averages_the_same_batches(tiny_config, tiny_data, tmp_path):

@@ -364,6 +364,10 @@ def test_settings_are_tried_on_validation_and_kept_apart(tiny, tiny_data, comman
         assert code == 0
     assert [r["changes"]["model.decode_weight"] for r in found["records"]] == ["0.1", "0.9"]
     assert found["on"] == "valid" and not found["comparisons"]
+    no_ids = ("--set", "model.id_dim=0", "--set", "training.max_steps=1", "--on", "valid")
+    assert command("--rows", "no-llm", *no_ids, out="valid.json")[0] == 0  # RA-Rec could not do without
+    with pytest.raises(SystemExit):
+        command("--rows", "no-llm,ra-rec", *no_ids, out="other.json")
     # what was trained to be tried is not trained again for the test
     before = sorted((tmp_path / "runs").rglob("log.jsonl"))
     times = [path.stat().st_mtime_ns for path in before]

@@ -8,11 +8,13 @@ model.decode_weight=0.1``.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ class Table:
     """
 
     spec: DataSet
-    bases: dict[str, RunConfig]  # by recipe
+    base_of: Callable[[str], RunConfig]  # a recipe's name
     requests: Requests
     results: Results
     runs: Path
@@ -73,10 +75,10 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
     if row.kind == "query":
         return make_query_row(row, data)
     if row.kind == "ids":
-        return make_id_row(table.bases["ra_rec"].model, data)
+        return make_id_row(table.base_of("ra_rec").model, data)
     if row.kind == "sasrec":
         return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
-    return train_karma(row, table.bases[row.kind], data, seed, folder, table.end)
+    return train_karma(row, table.base_of(row.kind), data, seed, folder, table.end)
 
 
 def run_row(table: Table, row: Row, seed: int) -> str:
@@ -136,6 +138,8 @@ def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> 
     """All rows of the first seed, then of the next; whether nothing is left to do."""
     for row in rows:
         refuse_fixed(row, table.changes)
+        if row.kind in RECIPES:
+            table.base_of(row.kind)  # what a change may not be for this recipe is said before anything is trained
     jobs = [(row, seed) for seed in seeds for row in rows if row.seeded or seed == seeds[0]]
     if not (resume or table.again or table.diagnose):
         for row, seed in jobs:
@@ -196,8 +200,13 @@ def make_table(args: argparse.Namespace) -> Table:
     if args.backbone:
         changes["model.backbone"] = args.backbone
     source = spec.config(args.source)
-    bases = {kind: base_config(spec, args.size, source, changes, kind) for kind in RECIPES}
-    base = bases["karma"]
+    tried = dict(changes)
+
+    @functools.cache
+    def base_of(kind: str) -> RunConfig:
+        return base_config(spec, args.size, source, tried, kind)
+
+    base = base_of("karma")
     if Path(base.model.backbone).is_dir():
         changes |= {"model.backbone": Path(base.model.backbone).name} if "model.backbone" in changes else {}
     data = load_dataset(source)
@@ -212,7 +221,7 @@ def make_table(args: argparse.Namespace) -> Table:
     name = file_name(describe(device)["name"])
     out = args.out or RESULTS / "quality" / f"{spec.name}-{args.size}-{name.removesuffix('.json')}{valid}.json"
     results = Results(out, device, about)
-    return Table(spec, bases, requests, results, args.runs / f"{spec.name}-{args.size}", changes,
+    return Table(spec, base_of, requests, results, args.runs / f"{spec.name}-{args.size}", changes,
                  changes if args.on == "valid" else {}, command_of(args, changes), started + 60 * args.minutes,
                  args.again, args.diagnose)
 

@@ -79,7 +79,7 @@ FULL = {
                  "eval_strategy": "steps", "eval_steps": 50, "eval_users": 2000},
 }
 # a request reads titles word by word, and items are read by the language model too
-RA_REC = {"reduced": {"batch_size": 16, "max_steps": 60, "projection_learning_rate": 2e-3},
+RA_REC = {"reduced": {"batch_size": 16, "max_steps": 120, "projection_learning_rate": 2e-3},
           "full": {"batch_size": 1024, "num_train_epochs": 1, "projection_learning_rate": 2e-3}}
 
 

@@ -68,9 +68,11 @@ def training_arguments(config: RunConfig, folder: Path) -> KarmaTrainingArgument
     """The arguments of a run into ``folder``; sets ``config.training`` to the checked settings."""
     config.training = training_settings(config.training) | {"output_dir": str(folder)}
     try:
-        return KarmaTrainingArguments(**(run_defaults() | config.training))
+        args = KarmaTrainingArguments(**(run_defaults() | config.training))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
+    config.training["optim"] = args.optim.value  # its default depends on the machine, and its states are kept
+    return args
 
 
 def run_defaults() -> dict[str, Any]:
@@ -276,9 +278,11 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
 def how_queries_are_read(model: Recommender) -> str:
     if getattr(model, "query_shortcut", None) is not None:
         return "in the prompt, and their words past the language model"
-    if model.config.recipe == "karma" and "words" not in model.config.text_kinds:
+    config = model.config
+    if config.recipe == "karma" and config.query_shortcut and any(model.items.texts) \
+            and "words" not in config.text_kinds:
         return ("in the prompt alone; model.text_vectors words (or both) would lead their words past the language "
-                "model too, which ranks far better after few steps")
+                "model too")
     return "in the prompt alone"
 
 

@@ -338,8 +338,8 @@ class KarmaTrainer(Trainer):
         # what is not finite now never will be again; all processes find the same
         if self._sums["batches"]:
             self._refuse_nan(self._means(self._sums["batches"]), self._sums["batches"])
-        largest = torch.stack([torch.linalg.vector_norm(p.detach(), math.inf).float() for p in self.trained])
-        if on_any(not largest.isfinite().all(), self.hosts):
+        finite = torch.stack([p.detach().isfinite().all() for p in self.trained])
+        if on_any(not finite.all(), self.hosts):
             raise FloatingPointError(f"step {self.state.global_step} left weights that are not finite; {AFTER_NAN}")
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -19,7 +19,7 @@ from karma_fast import __version__
 from karma_fast.cli import build_parser, explain, main, split_settings
 from karma_fast.config import ConfigError, RunConfig
 from karma_fast.evaluation import paths
-from karma_fast.run_setup import prepare_folder
+from karma_fast.run_setup import prepare_folder, training_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -340,9 +340,6 @@ def test_a_run_started_with_a_relative_backbone_can_go_on(tiny_config, tiny_back
     ({}, {"learning_rate": 1e-5, "weight_decay": 0, "max_steps": 9, "save_steps": 7, "seed": 42}, None),
     ({"metric_for_best_model": "MRR"}, {"metric_for_best_model": "MRR", "chunk_size": 4}, None)])
 def test_training_settings_that_cannot_change_when_a_run_goes_on(tmp_path, before, now, refused):
-    from karma_fast.config import RunConfig
-    from karma_fast.run_setup import prepare_folder, training_settings
-
     def prepare(training, resume):
         prepare_folder(tmp_path, RunConfig(training=training_settings(training)), resume, False)
         return (tmp_path / "config.yaml").read_text(encoding="utf-8")

@@ -74,7 +74,9 @@ def real_model(planner: Planner, device: str) -> KarmaModel:
     features = {kind: rng.standard_normal((load.items, width), dtype=np.float32)
                 for kind, width in load.widths.items()}
     backbone, _ = load_backbone(planner.config, device)
-    words = rng.standard_normal((load.query_words, load.widths["words"]), np.float32) if load.query_words else None
+    words = None
+    if load.query_words:
+        words = ["x"], rng.standard_normal((load.query_words, load.widths["words"]), np.float32)
     return KarmaModel(load.applied(planner.config), backbone, Tokens(), load.catalogue(planner.batch_size),
                       ItemFeatures(features, query_words=words)).train()
 

@@ -114,7 +114,7 @@ if rank == 0:
     torch.save(every, folder / "out-2.pt")
 dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
 """
-NAN = COMMON + """
+NAN = COMMON + GROUP + BUILD + """
 from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 args = KarmaTrainingArguments(output_dir=folder / "run", max_steps=4, per_device_train_batch_size=3, save_steps=2,

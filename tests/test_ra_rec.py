@@ -400,6 +400,13 @@ def test_training_learns_resumes_and_is_saved(config, tiny_data, tmp_path):
         KarmaModel.from_pretrained(tmp_path / "model")
 
 
+def test_a_model_without_context_tokens_is_saved(config, tiny_data, tmp_path):
+    args = KarmaTrainingArguments(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, save_steps=1,
+                                  disable_tqdm=True, use_cpu=True)
+    KarmaTrainer(build(config, tiny_data, num_context_tokens=0), args, tiny_data).train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
 def test_item_embeddings_are_kept_until_a_weight_changes(config, tiny_data, monkeypatch):
     model = build(config, tiny_data).eval()
     first = model.encode_items()
@@ -415,7 +422,6 @@ def test_item_embeddings_are_kept_until_a_weight_changes(config, tiny_data, monk
 
 GRADIENTS = """
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch

@@ -75,7 +75,7 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
     if row.kind == "query":
         return make_query_row(row, data)
     if row.kind == "ids":
-        return make_id_row(table.base_of("ra_rec").model, data)
+        return make_id_row(table.base_of(row.recipe).model, data)
     if row.kind == "sasrec":
         return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
     return train_karma(row, table.base_of(row.kind), data, seed, folder, table.end)
@@ -138,8 +138,8 @@ def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> 
     """All rows of the first seed, then of the next; whether nothing is left to do."""
     for row in rows:
         refuse_fixed(row, table.changes)
-        if row.kind in RECIPES:
-            table.base_of(row.kind)  # what a change may not be for this recipe is said before anything is trained
+        if row.recipe:
+            table.base_of(row.recipe)  # what a change may not be for this recipe is said before anything is trained
     jobs = [(row, seed) for seed in seeds for row in rows if row.seeded or seed == seeds[0]]
     if not (resume or table.again or table.diagnose):
         for row, seed in jobs:

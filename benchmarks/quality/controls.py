@@ -38,7 +38,7 @@ class StopGradient(KarmaModel):
 
 
 class NoLanguageModel(KarmaModel):
-    """u from the shortcut alone: what the same data, losses and steps give without any language model."""
+    """u from the shortcuts alone: what the same data, losses and steps give without any language model."""
 
     def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         states = torch.zeros(len(chunk.pairs), self.interest_projection.in_features, device=self.device)

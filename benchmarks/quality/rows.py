@@ -32,6 +32,11 @@ class Row:
     queries: bool = False
 
     @property
+    def recipe(self) -> str:
+        """Whose settings the row has; "" for none."""
+        return "ra_rec" if self.kind == "ids" else self.kind if self.kind in RECIPES else ""
+
+    @property
     def seeded(self) -> bool:
         """Whether another seed gives another result."""
         return self.kind not in ("baseline", "query", "ids")

@@ -30,7 +30,9 @@ def words_of(text: str) -> list[str]:
     if text.isascii():
         return re.findall(r"\w+", text)
     words: list[str] = []
-    for run in RUNS.findall(unicodedata.normalize("NFC", text)):
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if unicodedata.category(c)[0] in "PSZ" and c != "_" else c for c in text)
+    for run in RUNS.findall(text):
         for n, part in enumerate(UNSPACED.split(run)):
             if n % 2:  # of a script without spaces
                 words += [part[i:i + 2] for i in range(max(1, len(part) - 1))]

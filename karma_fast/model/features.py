@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ class ItemFeatures(nn.Module):
     Args:
         vectors: for some of ``KINDS``, an (N, d) float array with NaN rows where an item has none.
         held_out: (folds, N, d), further sets of the ID vectors, for training alone; they are not saved.
-        query_words: (W, d), vectors of the words that queries are made of, in the space of the items' "words"; see
+        query_words: W words that queries are made of, and their (W, d) vectors in the space of the items' "words"; see
             `karma_fast.data.words.word_vectors`. None: queries have no vectors.
 
     An item without a vector of a kind gets that kind's learned "missing" vector. Called with (n,) rows; gives
@@ -88,7 +88,7 @@ class ItemFeatures(nn.Module):
     """
 
     def __init__(self, vectors: dict[str, np.ndarray], held_out: np.ndarray | None = None,
-                 query_words: np.ndarray | None = None) -> None:
+                 query_words: tuple[Iterable[str], np.ndarray] | None = None) -> None:
         super().__init__()
         self.kinds = [k for k in KINDS if k in vectors]
         if not self.kinds:
@@ -111,7 +111,11 @@ class ItemFeatures(nn.Module):
             self.register_buffer(f"{kind}_present", torch.from_numpy(present), persistent=False)
             self.register_buffer(f"{kind}_mean", torch.from_numpy(mean.astype(np.float32)), persistent=False)
             self.register_buffer(f"{kind}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
-        self.register_buffer("query_words", None if query_words is None else torch.from_numpy(query_words),
+        words, of_words = ((), None) if query_words is None else query_words
+        self.register_buffer("query_words", None if of_words is None else torch.from_numpy(of_words), persistent=False)
+        # kept with the vectors that they number: UTF-8, a word a line
+        spelled = np.frombuffer("\n".join(words).encode(), np.uint8).copy()
+        self.register_buffer("query_spelling", None if of_words is None else torch.from_numpy(spelled),
                              persistent=False)
 
     @property
@@ -121,6 +125,13 @@ class ItemFeatures(nn.Module):
     def __len__(self) -> int:
         kind = self.kinds[0]
         return len(getattr(self, kind)) // (1 + self.folds if kind == "id" else 1)
+
+    @property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Rows of ``query_words`` by word; None where queries have no vectors."""
+        if self.query_spelling is None:
+            return None
+        return {word: n for n, word in enumerate(self.query_spelling.cpu().numpy().tobytes().decode().split("\n"))}
 
     def columns(self, kind: str) -> slice:
         """Where a kind's vectors stand in z."""

@@ -102,10 +102,11 @@ def load_parts(folder: str | Path, name: str) -> tuple[ModelConfig, Items, dict[
 def model_card(model: Recommender, facts: dict[str, Any]) -> str:
     """Markdown: what it is, data, metrics with protocol, settings, versions."""
     config, of = model.config, recipe(model.config.recipe)
-    front = ["---", "library_name: karma_fast", f"base_model: {config.backbone}", "tags: [recommendation, retrieval]",
+    backbone = Path(config.backbone).name if Path(config.backbone).is_dir() else config.backbone  # no one's folders
+    front = ["---", "library_name: karma_fast", f"base_model: {backbone}", "tags: [recommendation, retrieval]",
              "---"]
     lines = [*front, "", f"# {of.NAME} next-interest model", "",
-             f"An embedding of {model.width} numbers for what a user wants next, made by {config.backbone} "
+             f"An embedding of {model.width} numbers for what a user wants next, made by {backbone} "
              f"({config.quantization}, {config.tuning}) over {len(model.items):,} items, after the method of "
              f"{of.NAME} ({of.PAPER}). Trained with karma_fast.", "",
              "```python", "from karma_fast.recipes import load_model", "",
@@ -123,6 +124,7 @@ def model_card(model: Recommender, facts: dict[str, Any]) -> str:
     rest = {k: v for k, v in facts.items() if k not in ("rows", "protocol")}
     if rest:
         lines += ["## Facts", "", *(f"- {name}: {value}" for name, value in rest.items()), ""]
-    lines += ["## Settings", "", "```json", json.dumps(config.to_dict(), indent=2), "```", "", "## Versions", "",
+    lines += ["## Settings", "", "```json", json.dumps(config.to_dict() | {"backbone": backbone}, indent=2), "```", "",
+              "## Versions", "",
               *(f"- {name} {value}" for name, value in versions().items()), ""]
     return "\n".join(lines)

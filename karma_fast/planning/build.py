@@ -133,7 +133,7 @@ def simulated_model(config: KarmaConfig, shape: PretrainedConfig, workload: Work
         warnings.simplefilter("ignore")
         backbone = simulated_backbone(config, with_layers(shape, min(layers, depth(shape))), simulation)
         with outside(simulation):
-            one_word = np.zeros((1, config.word_dim), np.float32) if workload.query_words else None
+            one_word = (["x"], np.zeros((1, config.word_dim), np.float32)) if workload.query_words else None
             features = ItemFeatures(workload.two_rows(), query_words=one_word)
         for kind in KINDS:
             if kind in features.kinds:

@@ -93,9 +93,8 @@ class Workload:
         sequences = Sequences(np.arange(batch_size).astype(object), np.arange(batch_size + 1) * length,
                               np.arange(events, dtype=np.int32) % count)
         if self.query_tokens:
-            # a text is one word, which a query's first then is
-            query = f"{model.items.texts[0]} {'x' * self.query_tokens}"
-            sequences.queries, sequences.query_texts = np.zeros(events, np.int32), [query]
+            # the first word is the one that the model knows
+            sequences.queries, sequences.query_texts = np.zeros(events, np.int32), [f"x {'x' * self.query_tokens}"]
         if self.hard_negatives:
             sequences.negatives_indptr = np.arange(events + 1) * self.hard_negatives
             sequences.negatives = np.arange(events * self.hard_negatives, dtype=np.int32)[::-1] % count

@@ -150,8 +150,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     if exists and resume and (folder / "config.yaml").exists():
         before, now = RunConfig.load(folder / "config.yaml").to_dict(), config.to_dict()
         if before["recipe"] != now["recipe"]:
-            raise ConfigError(f"recipe: {folder} was started with {before['recipe']} and cannot go on with "
-                              f"{now['recipe']}; set it back, or start anew with --overwrite")
+            refuse("recipe", before["recipe"], now["recipe"])
         for section in ("data", "model"):
             for key, value in now[section].items():
                 if before[section][key] != value and key not in MEMORY_ONLY:

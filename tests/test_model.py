@@ -250,7 +250,7 @@ def test_text_vectors_are_the_chosen_ones(tiny_config, tiny_data, tmp_path, chos
     model = build(tiny_config, tiny_data, tmp_path, text_vectors=chosen, word_dim=6)
     assert model.features.kinds == kinds
     if "words" in kinds:
-        found, _ = word_vectors(tiny_data.items.texts, 6)
+        found, _, _ = word_vectors(tiny_data.items.texts, 6)
         length = np.sqrt(np.square(found - found.mean(axis=0)).sum(axis=1).mean())
         np.testing.assert_allclose(model.features.words, (found - found.mean(axis=0)) / length, rtol=1e-4, atol=1e-5)
     model(batch_of(model, tiny_data)).loss.backward()

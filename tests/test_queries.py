@@ -44,8 +44,8 @@ def batch_of(model: KarmaModel, data: Dataset, count: int = 12):
 @pytest.mark.parametrize("dim", [3, 40])
 def test_word_rows_add_up_to_the_direction_of_their_text(tiny_data, dim):
     texts = ["red red shoe", "blue tea", "", "red | tea pot", *tiny_data.items.texts[:9]]
-    of_texts, of_words = word_vectors(texts, dim)
-    words = vocabulary(texts)
+    of_texts, of_words, words = word_vectors(texts, dim)
+    assert words == vocabulary(texts)
     assert of_words.shape == (len(words), dim) and of_words.dtype == np.float32
     for row, text in zip(of_texts, texts, strict=True):
         if text:
@@ -183,7 +183,7 @@ def test_a_saved_model_reads_queries_alike(tiny_config, searches, tmp_path, monk
     histories, queries = [np.array([1, 2]), np.array([], np.int64)], ["red oven", "spoon"]
     assert torch.equal(again.encode_users(histories, queries), model.encode_users(histories, queries))
     assert not torch.equal(again.encode_users(histories), model.encode_users(histories, queries))
-    monkeypatch.setattr("karma_fast.model.karma.vocabulary", None)  # what was saved counts, not how words are cut now
+    monkeypatch.setattr("karma_fast.data.words.vocabulary", None)  # what was saved counts, not how words are cut now
     again = KarmaModel.from_pretrained(tmp_path / "model", device="cpu")
     assert again.prompts.words == vocabulary(searches.items.texts)
 

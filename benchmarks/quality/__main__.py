@@ -78,7 +78,7 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
         return make_id_row(table.base_of(row.recipe).model, data)
     if row.kind == "sasrec":
         return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
-    return train_karma(row, table.base_of(row.kind), data, seed, folder, table.end)
+    return train_karma(row, table.base_of(row.recipe), data, seed, folder, table.end)
 
 
 def run_row(table: Table, row: Row, seed: int) -> str:

@@ -136,9 +136,9 @@ class Prompts:
         if self.words is None:
             return None
         found = [self._query(query)[1] for query in queries]
-        ends = np.cumsum([len(part) for part in found], dtype=np.int64)
-        index = np.fromiter((n for part in found for n in part), np.int64)
-        return Words(torch.from_numpy(index), torch.from_numpy(ends - [len(part) for part in found]))
+        lengths = np.array([len(part) for part in found], dtype=np.int64)
+        index = np.fromiter((n for part in found for n in part), np.int64, int(lengths.sum()))
+        return Words(torch.from_numpy(index), torch.from_numpy(np.cumsum(lengths) - lengths))
 
     def _text(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) catalogue indices, -1 for none -> (n,) lengths of their texts and all their tokens."""

@@ -82,21 +82,21 @@ def _tf_idf(texts: Sequence[str], further: Sequence[str] = ()) -> tuple[Any, dic
     return (sparse.diags(1 / np.where(length > 0, length, 1)) @ vectors).tocsr(), words, weights
 
 
-def word_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def word_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Vectors of texts and of words in one space. No language model is asked.
 
     Returns:
         (N, dim) float32 unit rows of the texts, whose inner products approximate the TF-IDF cosines; NaN rows for
-        texts without any word. And (W, dim) float32 rows of the words of ``vocabulary(texts)``: their sum over the
-        words of a text, or of a query, points where the text's vector does.
+        texts without any word. And (W, dim) float32 rows of the words of ``vocabulary(texts)``, and that vocabulary:
+        their sum over the words of a text, or of a query, points where the text's vector does.
 
     The leading singular directions of the TF-IDF vectors, zeros where there are fewer than ``dim``. Source: latent
     semantic analysis, Deerwester et al. 1990.
 
-    >>> of_texts, of_words = word_vectors(["red shoe", "shoe, red", "tea", ""], 2)
+    >>> of_texts, of_words, words = word_vectors(["red shoe", "shoe, red", "tea", ""], 2)
     >>> of_texts.round(4).tolist()
     [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [nan, nan]]
-    >>> of_words.shape, vocabulary(["red shoe", "shoe, red", "tea", ""])
+    >>> of_words.shape, words
     ((3, 2), {'red': 0, 'shoe': 1, 'tea': 2})
     """
     from scipy.sparse.linalg import svds
@@ -110,10 +110,11 @@ def word_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> tuple[np.ndar
     else:
         left, values, right = np.linalg.svd(vectors.toarray(), full_matrices=False)
     of_texts = left[:, :dim] * values[:dim]
-    kept = [columns[word] for word in vocabulary(texts)]
+    words = vocabulary(texts)
+    kept = [columns[word] for word in words]
     of_words = np.zeros((len(kept), dim), np.float32)
     of_words[:, :of_texts.shape[1]] = (right[:dim].T * signs(of_texts))[kept] * weights[kept, None]
-    return unit_rows(of_texts, dim, present), of_words
+    return unit_rows(of_texts, dim, present), of_words, words
 
 
 def signs(rows: np.ndarray) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data.schema import Items
+from ..data.words import words_of
 
 
 def title_texts(items: Items) -> list[str]:
@@ -26,7 +26,7 @@ def attribute_texts(items: Items) -> list[str]:
 
 
 def word_matrix(texts: Sequence[str]) -> tuple[Any, list[str]]:
-    """(N, V) scipy.sparse 0/1 float32 and the V words: runs of letters and digits in lower case.
+    """(N, V) scipy.sparse 0/1 float32 and the V words, see `karma_fast.data.words.words_of`.
 
     >>> matrix, words = word_matrix(["Red shoe", "red red"])
     >>> words, matrix.toarray().tolist()
@@ -35,8 +35,7 @@ def word_matrix(texts: Sequence[str]) -> tuple[Any, list[str]]:
     from scipy import sparse
 
     places: dict[str, int] = {}
-    lists = [sorted({places.setdefault(word, len(places)) for word in re.findall(r"\w+", text.lower())})
-             for text in texts]
+    lists = [sorted({places.setdefault(word, len(places)) for word in words_of(text)}) for text in texts]
     indptr = np.cumsum([0, *map(len, lists)])
     columns = np.array([place for part in lists for place in part], dtype=np.int64)
     return sparse.csr_matrix((np.ones(len(columns), np.float32), columns, indptr), (len(lists), len(places))), \

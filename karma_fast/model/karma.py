@@ -15,7 +15,7 @@ from ..data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk, 
 from ..data.schema import Items, Split
 from ..data.schema import Sequences as UserSequences
 from ..data.windows import ONE_USER, training_windows
-from ..data.words import vocabulary, word_vectors
+from ..data.words import word_vectors
 from ..losses import InfoNCELoss, KarmaLoss, LossParts, frozen_decoder_loss, image_distance, text_losses
 from .backbone import adapters_off, as_embedded, causal_lm, identity, load_backbone, resolve_backbone
 from .features import ItemFeatures, cached_text_vectors
@@ -98,10 +98,12 @@ class KarmaModel(Recommender):
         torch.manual_seed(seed)
         backbone, tokenizer = load_backbone(config, device)
         torch.manual_seed(seed)  # once more, as LoRA draws and a frozen model does not
-        vectors, of_words = {}, None
+        vectors, query_words = {}, None
         text_kinds = config.text_kinds if any(items.texts) else ()
         if "words" in text_kinds:
-            vectors["words"], of_words = word_vectors(items.texts, config.word_dim)
+            vectors["words"], of_words, words = word_vectors(items.texts, config.word_dim)
+            if words and config.query_shortcut and sequences.queries is not None:
+                query_words = words, of_words
         if "text" in text_kinds:
             key = f"{identity(name)} {config.quantization}"
             vectors["text"] = cached_text_vectors(items.texts, backbone, tokenizer, key, cache or cache_dir(),
@@ -116,9 +118,6 @@ class KarmaModel(Recommender):
         if config.id_folds and items.id_vectors is None and "id" in vectors:
             held_out = held_out_id_vectors(sequences, split, len(items), config.id_dim, config.id_window,
                                            config.id_folds, vectors["id"], progress)
-        query_words = None
-        if config.query_shortcut and sequences.queries is not None and of_words is not None and len(of_words):
-            query_words = vocabulary(items.texts), of_words
         model = cls(config, backbone, tokenizer, items, ItemFeatures(vectors, held_out, query_words))
         model.set_starting_point(sequences, split, seed, progress=progress)
         if config.decoder_warmup_steps and model.decode_projection is not None:

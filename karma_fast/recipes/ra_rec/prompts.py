@@ -53,8 +53,7 @@ class RaRecBatch(StepBatch):
 class HybridPrompts:
     """Turns requests and items into prompts; ``reserved`` places stand before the text of each."""
 
-    def __init__(self, config: RaRecConfig, tokenizer, items: Items, id_model, item_vectors: Tensor
-                 ) -> None:
+    def __init__(self, config: RaRecConfig, tokenizer, items: Items, id_model, item_vectors: Tensor) -> None:
         self.config, self.tokenizer, self.id_model = config, tokenizer, id_model
         self.reserved = config.num_context_tokens + 1
         self.item_vectors = item_vectors

@@ -122,6 +122,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     max_history: int = 20
     max_query_tokens: int = 32
+    query_dropout: float = 0.0  # of the queries, those that training leaves out; drawn once by seed
     instruction: str = "The user chose, oldest first:"
     id_dim: int = 128  # width of the ID vectors made from the training part; 0: none
     id_window: int = 20  # events of a user that are at most so far apart count as neighbours in the ID vectors
@@ -135,6 +136,8 @@ class ModelConfig(Section):
             self.backbone = str(Path(self.backbone).resolve())
         self.at_least(1, "max_history", "id_window")
         self.at_least(0, "id_dim", "max_query_tokens")
+        require(0 <= self.query_dropout < 1,
+                f"model.query_dropout: got {self.query_dropout}; at least 0 and below 1 is needed")
         require(0 < self.init_scale <= self.max_scale,
                 f"model.init_scale: got {self.init_scale}; between 0 and max_scale ({self.max_scale}) is needed")
 

@@ -1,12 +1,14 @@
 """Requests with queries: their words reach u past the language model."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
 from karma_fast.data.schema import Dataset
@@ -14,6 +16,8 @@ from karma_fast.data.words import tf_idf_vectors, vocabulary, word_vectors, word
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.warm_up import warm_up_shortcut
 from karma_fast.planning.workload import Workload
+from karma_fast.recipes.ra_rec import Config as RaRecConfig
+from karma_fast.recipes.ra_rec.model import RaRecModel
 from karma_fast.run_setup import how_queries_are_read
 
 WORDS = {"text_vectors": "words", "word_dim": 12, "positions": "last", "shortcut_warmup_epochs": 0.0}
@@ -33,6 +37,12 @@ def searches(tiny_data) -> Dataset:
 def build(tiny_config, data: Dataset, tmp_path, **changes) -> KarmaModel:
     config = dataclasses.replace(tiny_config.model, **(WORDS | changes))
     return KarmaModel.build(config, data.items, data.sequences, data.split, cache=tmp_path, device="cpu").eval()
+
+
+def build_ra_rec(tiny_config, data: Dataset, query_dropout: float) -> RaRecModel:
+    config = RaRecConfig(backbone=tiny_config.model.backbone, quantization="none", id_dim=8,
+                         query_dropout=query_dropout)
+    return RaRecModel.build(config, data.items, data.sequences, data.split, device="cpu")
 
 
 def batch_of(model: KarmaModel, data: Dataset, count: int = 12):
@@ -154,6 +164,31 @@ def test_warm_up_learns_from_queries(tiny_config, searches, tmp_path):
     seen, unseen = (warm_up_shortcut(m, searches.sequences, searches.split, epochs=10) for m in (model, blind))
     assert not torch.equal(model.query_shortcut.projection.weight, before)
     assert np.mean(seen[-3:]) < np.mean(unseen[-3:]) - 0.3
+
+
+@pytest.mark.parametrize("recipe", ["karma", "ra_rec"])
+def test_training_leaves_out_a_share_of_the_queries(tiny_config, searches, tmp_path, recipe):
+    def prompts_of(share: float, seed: int = 0) -> list[list[int]]:
+        model = build(tiny_config, searches, tmp_path, query_dropout=share) if recipe == "karma" else \
+            build_ra_rec(tiny_config, searches, share)
+        starts, ends = training_windows(searches.sequences, searches.split, model.config.max_history, "last")
+        chunk = model.collator(searches.sequences, seed=seed)(list(zip(starts.tolist(), ends.tolist(), strict=True)))
+        tokens = chunk.prompts[0].tokens
+        return [tokens.token_ids[start:end].tolist() for start, end in pairwise(tokens.offsets.tolist())]
+
+    whole, half, none = prompts_of(0.0), prompts_of(0.5), prompts_of(1 - 1e-12)
+    asked = [n for n, (one, other) in enumerate(zip(whole, none, strict=True)) if one != other]
+    kept = [n for n in asked if half[n] == whole[n]]
+    assert len(asked) > 20 and 0.3 < len(kept) / len(asked) < 0.7
+    assert all(half[n] in (whole[n], none[n]) for n in asked)
+    assert prompts_of(0.5) == half != prompts_of(0.5, seed=1)
+    assert searches.sequences.without_queries(0.0) is searches.sequences  # what serving and evaluation read
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
+def test_a_share_of_queries_to_leave_out_is_below_one(share):
+    with pytest.raises(ConfigError, match=f"model.query_dropout: got {share}; at least 0 and below 1 is needed"):
+        KarmaConfig(query_dropout=share)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -120,6 +121,19 @@ class Sequences:
         """
         positions = np.sort(np.asarray(positions, np.int64))
         return positions[np.unique(self.user_of(positions), return_index=True)[1]]
+
+    def without_queries(self, share: float, seed: int = 0) -> Sequences:
+        """The same without a share of the queries, drawn by seed, for training: requests may come without one.
+
+        >>> items, queries = np.zeros(4, np.int32), np.arange(4, dtype=np.int32)
+        >>> whole = Sequences(np.array(["u"]), np.array([0, 4]), items, queries=queries)
+        >>> whole.without_queries(0.5, seed=1).queries
+        array([ 0,  1, -1,  3], dtype=int32)
+        """
+        if self.queries is None or share == 0:
+            return self
+        left_out = np.random.default_rng(seed).random(len(self.queries)) < share
+        return dataclasses.replace(self, queries=np.where(left_out, np.int32(-1), self.queries))
 
     def chosen_before(self, positions) -> np.ndarray:
         """(T,) bool: whether the item at each flat position is one that its user had chosen earlier.

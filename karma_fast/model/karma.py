@@ -202,8 +202,9 @@ class KarmaModel(Recommender):
         first_rows = None
         if self.features.folds:
             first_rows = len(self.features) * (1 + groups_of_users(len(sequences), self.features.folds))
-        return KarmaCollator(self.config, self.prompts, sequences, log_q if self.config.log_q else None, seed=seed,
-                             chunk_size=chunk_size, first_rows=first_rows)
+        return KarmaCollator(self.config, self.prompts, sequences.without_queries(self.config.query_dropout, seed),
+                             log_q if self.config.log_q else None, seed=seed, chunk_size=chunk_size,
+                             first_rows=first_rows)
 
     def _prompt_states(self, chunk: PromptChunk) -> Tensor:
         """(N, hidden) last states of a chunk's stream."""

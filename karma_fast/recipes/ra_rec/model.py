@@ -155,9 +155,9 @@ class RaRecModel(Recommender):
                  chunk_size: int | None = None) -> RaRecCollator:
         """Makes batches of windows; chunk_size: prompts that the language model reads at once, None for all.
 
-        log_q and seed are there for recipes that correct for sampling or draw.
+        log_q is there for recipes that correct for sampling.
         """
-        return RaRecCollator(self.prompts, sequences, chunk_size)
+        return RaRecCollator(self.prompts, sequences.without_queries(self.config.query_dropout, seed), chunk_size)
 
     def read(self, chunk: HybridChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         rows = self._last_states(chunk)

@@ -11,7 +11,7 @@ _HOMES = {
     "KarmaLoss": "losses.karma",
     "KarmaModel": "model.karma",
     "KarmaTrainer": "trainer",
-    "KarmaTrainingArguments": "trainer",
+    "KarmaTrainingArguments": "training_arguments",
     "SoftPromptProjection": "model.soft_prompt",
     "load_dataset": "data",
 }

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from .baselines import baseline_rows
+from .callbacks import Lines
+from .checkpoints import last_checkpoint
 from .commands.common import device_name, draw, table
 from .config import ConfigError, RunConfig
 from .data import DataError, check, load_dataset
@@ -31,15 +33,8 @@ from .model.recommender import Recommender
 from .model.storage import versions, write_atomically
 from .recipes import recipe
 from .retrieval import ItemIndex, faiss_for
-from .run_setup import (
-    Lines,
-    banner,
-    explain_memory,
-    fit_to_gpu,
-    prepare_folder,
-    training_arguments,
-)
-from .trainer import KarmaTrainer, last_checkpoint, peak_memory_bytes
+from .run_setup import banner, explain_memory, fit_to_gpu, prepare_folder, training_arguments
+from .trainer import KarmaTrainer, peak_memory_bytes
 
 EXAMPLES, PRINTED = 8, 3  # test requests in examples.json, and of these on the terminal
 DECODED = 512  # test requests whose target's text is decoded with losses

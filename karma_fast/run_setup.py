@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
 from . import __version__
+from .checkpoints import last_checkpoint
 from .commands.common import device_name
 from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
@@ -24,7 +24,8 @@ from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
 from .model.storage import write_atomically
 from .step import OutOfMemory
-from .trainer import LOSSES, KarmaTrainer, KarmaTrainingArguments, last_checkpoint, windows_of_a_step
+from .trainer import KarmaTrainer, windows_of_a_step
+from .training_arguments import KarmaTrainingArguments
 
 if TYPE_CHECKING:
     from .model.recommender import Recommender
@@ -218,21 +219,6 @@ def advice(part: str, args: KarmaTrainingArguments, config: ModelConfig) -> tupl
         return f"set model.lora_rank below {config.lora_rank}", False
     return (f"set model.max_history below {config.max_history} or model.max_text_tokens below "
             f"{config.max_text_tokens}"), False
-
-
-class Lines(TrainerCallback):
-    """The log as plain lines, for where no progress bar can be drawn."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        if "loss" in logs:
-            parts = " ".join(f"{n} {logs[n]:.3f}" for n in LOSSES if n in logs)
-            print(f"step {state.global_step}/{state.max_steps}: {parts}, {logs['tokens_per_second']:.0f} tokens/s, "
-                  f"{logs['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
-        elif "eval_HR@10" in logs:
-            print(f"step {state.global_step}: validation HR@10 {logs['eval_HR@10']:.4f}, MRR {logs['eval_MRR']:.4f}",
-                  flush=True)
 
 
 def millions(count: int) -> str:

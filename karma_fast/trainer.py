@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -14,16 +11,26 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .callbacks import Bar, Hooks
+from .checkpoints import (
+    COMPLETE,
+    PARTIAL,
+    checkpoints,
+    last_checkpoint,
+    mark_complete,
+    mark_partial,
+    remove_older,
+    remove_stale,
+)
 from .data.batches import log_sampling_probability
 from .data.schema import Dataset
 from .data.windows import windows_of_pairs
@@ -31,103 +38,11 @@ from .evaluation.evaluate import evaluate_model
 from .model.recommender import Recommender
 from .processes import average_gradients, group_of_hosts, on_any
 from .rates import rate_factor
-from .step import OutOfMemory, backward, first_line, is_out_of_memory, random_state, set_random_state
+from .step import OutOfMemory, backward, first_line, is_out_of_memory, set_random_state
+from .training_arguments import KarmaTrainingArguments
 
-LOSSES = ("loss", "act", "gen", "rec", "vis", "user", "item")  # of a log line, where they are
-COMPLETE = "complete"  # an empty file that says a checkpoint was written to its end
-PARTIAL = "partial"  # what it is called while the checkpoint is written or removed
 AFTER_NAN = ("lower training.learning_rate and training.projection_learning_rate, or look for bad vectors with "
              "`karma-fast check-data`")
-
-NOT_COMPILED = "a step is not compiled, as the tokens of its prompts differ from batch to batch; leave it out"
-REFUSED = {  # settings of transformers that would break a step or have no effect on it
-    "fp16": "the model computes in bfloat16 or float32 by itself, as float16 would need a loss scaler",
-    "gradient_checkpointing": "it is a setting of the model: model.gradient_checkpointing in YAML and flags, "
-                              "KarmaConfig(gradient_checkpointing=True) in Python",
-    "torch_compile": NOT_COMPILED, "torch_compile_backend": NOT_COMPILED, "torch_compile_mode": NOT_COMPILED,
-    "label_smoothing_factor": "none of the losses smooths its labels; leave it out",
-    "torch_empty_cache_steps": "the cache is not emptied between steps; lower chunk_size where memory is short",
-    "auto_find_batch_size": "the batch decides the loss and stays as set; lower chunk_size where memory is short"}
-
-
-@dataclass
-class KarmaTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for KARMA and a few settings of its own.
-
-    learning_rate is for the language model (adapters), projection_learning_rate for everything else; learned scales,
-    gains and weights of ages take ten times the latter.
-    batch_size: query-target pairs that compete in a step, over all processes; the number of windows a process takes
-    (per_device_train_batch_size) follows from it. None: per_device_train_batch_size windows.
-    chunk_size: windows that a process's language model holds in memory at once; None: all of its batch. It changes
-    memory and time, not the loss or its gradient. "auto", for `karma-fast train`: what fits the GPU.
-    eval_users: validation users ranked at each evaluation during training, drawn once by seed; 0: all.
-    share_steps: steps between two measurements of each term's share of the language model's gradient, which costs one
-    backward a term; 0: never. The shares at u are cheap and logged with every line.
-    """
-
-    output_dir: str = field(default="runs/karma")
-    learning_rate: float = field(default=3e-4)
-    projection_learning_rate: float = field(default=2e-4)
-    lr_scheduler_type: str = field(default="cosine")
-    warmup_steps: float = field(default=10)
-    weight_decay: float = field(default=0.01)
-    per_device_train_batch_size: int = field(default=32)
-    num_train_epochs: float = field(default=1.0)
-    max_grad_norm: float = field(default=1.0)
-    logging_steps: float = field(default=10)
-    eval_strategy: str = field(default="no")
-    save_strategy: str = field(default="steps")
-    save_steps: float = field(default=100)
-    save_total_limit: int | None = field(default=2)
-    metric_for_best_model: str | None = field(default="HR@10")
-    greater_is_better: bool | None = field(default=True)
-    remove_unused_columns: bool = field(default=False)
-    batch_size: int | None = field(default=None)
-    chunk_size: int | Literal["auto"] | None = field(default=None)
-    ddp_find_unused_parameters: bool | None = field(default=False)  # gradients are averaged by `average_gradients`
-    logging_nan_inf_filter: bool = field(default=False)  # it makes the host wait each step; `log` names a NaN's term
-    report_to: str | list[str] | None = field(default="none")
-    eval_users: int = field(default=500)
-    share_steps: int = field(default=0)
-
-    def __post_init__(self) -> None:
-        for name, why in REFUSED.items():  # before transformers acts on them
-            value = getattr(self, name)
-            if value:
-                raise ValueError(f"{name}: got {str(value).lower()}; {why}")
-        super().__post_init__()
-        for name in ("batch_size", "chunk_size"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name}: got {value}; at least 1, or none, is needed")
-
-
-def step_of(checkpoint: str | Path) -> int:
-    """
-    >>> step_of("runs/demo/checkpoint-60")
-    60
-    """
-    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The folders ``checkpoint-STEP`` in the order of their steps, whoever wrote them."""
-    found = (p for p in Path(folder).glob("checkpoint-*") if p.is_dir())
-    return sorted((p for p in found if p.name.removeprefix("checkpoint-").isdecimal()), key=step_of)
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    return next((p for p in reversed(checkpoints(folder)) if (p / COMPLETE).exists()), None)
-
-
-def mark_partial(checkpoint: Path) -> None:
-    """Says of a checkpoint, before it is written or removed, that it is ours and not whole."""
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    if (checkpoint / COMPLETE).exists():
-        (checkpoint / COMPLETE).replace(checkpoint / PARTIAL)
-    else:
-        (checkpoint / PARTIAL).touch()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -224,9 +139,9 @@ class KarmaTrainer(Trainer):
         self._since = time.perf_counter()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Hooks(self))
+        self.add_callback(Hooks(self))
         if not args.disable_tqdm:
-            self.add_callback(_Bar())
+            self.add_callback(Bar())
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -348,20 +263,9 @@ class KarmaTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has written its random states
         if self.args.should_save:
-            (folder / PARTIAL).replace(folder / COMPLETE)
-            self._remove_older(folder)
+            mark_complete(folder)
+            remove_older(folder, self.state.best_model_checkpoint, self.limit)
         self.doing = "prompts"
-
-    def _remove_older(self, newest: Path) -> None:
-        """Removes the oldest complete checkpoints beyond the limit, but neither the newest nor the best."""
-        if self.limit <= 0:
-            return
-        found = [p for p in checkpoints(newest.parent) if (p / COMPLETE).exists()]
-        kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
-        spare = len(found) - max(self.limit, len(kept))
-        for old in [p for p in found if p.name not in kept][:max(0, spare)]:
-            mark_partial(old)
-            shutil.rmtree(old, ignore_errors=True)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         missing = [n for n in load_result.missing_keys if n in self.model.trained_names()]
@@ -394,19 +298,13 @@ class KarmaTrainer(Trainer):
         resume_from_checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
-            step = step_of(resume_from_checkpoint) if resume_from_checkpoint else 0
-            for stale in found:
-                left = (stale / COMPLETE).exists() and step_of(stale) > step  # of another branch
-                if (stale / PARTIAL).exists() or (left if resume_from_checkpoint else overwrite):
-                    mark_partial(stale)
-                    shutil.rmtree(stale)
-            keep_log(folder / "log.jsonl", step)
+            remove_stale(folder, resume_from_checkpoint, overwrite)
         if self.hosts is not None:  # process 0 may come hours later, and other groups may wait for less
             torch.distributed.barrier(self.hosts)
         self._since, self.doing, self.interrupted = time.perf_counter(), "prompts", False
         self._sums.clear()  # what an earlier training left when it was stopped
         self._norms.clear()
-        # `_remove_older` keeps to it; transformers would remove what is not marked, and the newest at the end
+        # `remove_older` keeps to it; transformers would remove what is not marked, and the newest at the end
         self.limit, self.args.save_total_limit = self.args.save_total_limit or 0, None
         try:
             with self._stop_on_interrupt():
@@ -458,87 +356,3 @@ class KarmaTrainer(Trainer):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def keep_log(path: Path, step: int) -> None:
-    """Cuts a log's lines after ``step``, so that a resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
-            if json.loads(line).get("step", 0) <= step and step > 0:
-                lines.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)
-
-
-class _Hooks(TrainerCallback):
-    """The scale's limit, the JSONL log, the stop after Ctrl-C, and what is needed after running out of memory."""
-
-    def __init__(self, trainer: KarmaTrainer) -> None:
-        self.trainer = trainer
-
-    def remember(self, args, state, control, **kwargs):
-        """The random state that a checkpoint of this step has to hold."""
-        self.trainer.random_state = random_state(self.trainer.model.device)
-
-    on_step_begin = remember
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # the arguments' intervals, not a checkpoint's
-        self.remember(args, state, control)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.doing = "optimiser"
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.model.loss.clamp_()
-        self.trainer.doing = "prompts"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.remember(args, state, control)
-        if on_any(self.trainer.interrupted, self.trainer.hosts):
-            self.trainer.interrupted = True
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            with open(os.path.join(args.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class _Bar(TrainerCallback):
-    """One line: step, rate, time left, and the last logged loss parts."""
-
-    def __init__(self) -> None:
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                            dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not logs:
-            return
-        if "loss" in logs:
-            shown = {k: f"{logs[k]:.3f}" for k in LOSSES if k in logs}
-            shown |= {"tok/s": f"{logs['tokens_per_second']:.0f}", "GB": f"{logs['peak_memory_bytes'] / 1e9:.1f}"}
-            self.bar.set_postfix(shown)
-        elif "eval_HR@10" in logs:
-            self.bar.write(f"step {state.global_step}: validation HR@10 {logs['eval_HR@10']:.4f}, "
-                           f"NDCG@10 {logs['eval_NDCG@10']:.4f}, MRR {logs['eval_MRR']:.4f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -112,10 +112,10 @@ def test_auto_chunks_where_nothing_is_predicted(tiny_config, tiny_data, tmp_path
 def test_auto_chunks_and_the_prediction_know_the_card(tiny_config, tiny_data, tmp_path, monkeypatch):
     import torch
 
+    from karma_fast import KarmaTrainingArguments
     from karma_fast.planning import capability_of, propose
     from karma_fast.planning.plan import CUDA_CONTEXT
     from karma_fast.run_setup import fit_to_gpu, predicted_memory, training_arguments
-    from karma_fast.trainer import KarmaTrainingArguments
 
     tiny_config.training |= {"chunk_size": "auto", "per_device_train_batch_size": 8, "use_cpu": True}
     args, chunks, predicted = training_arguments(tiny_config, tmp_path), {}, []
@@ -169,7 +169,7 @@ def test_plan_says_what_fits(tmp_path):
 def test_help_names_commands_settings_and_exit_codes(tmp_path):
     from transformers import TrainingArguments
 
-    from karma_fast.trainer import KarmaTrainingArguments
+    from karma_fast import KarmaTrainingArguments
 
     out, _ = karma("--help", folder=tmp_path)
     commands = build_parser()[1]
@@ -419,10 +419,10 @@ def test_ctrl_c_saves_and_exits_with_130(shop):
     ("reconstruction", 8, "the decoder's pass .*chunk_size to 4"),
     ("optimiser", 8, "set training.optim to paged_adamw_8bit"), ("evaluation", None, "model.max_history below 20")])
 def test_out_of_memory_says_what_to_lower(tmp_path, part, chunk_size, said):
+    from karma_fast import KarmaTrainingArguments
     from karma_fast.config import KarmaConfig
     from karma_fast.run_setup import explain_memory
     from karma_fast.step import OutOfMemory
-    from karma_fast.trainer import KarmaTrainingArguments
 
     special = chunk_size if isinstance(chunk_size, str) else None
     args = KarmaTrainingArguments(per_device_train_batch_size=32, chunk_size=1 if special else chunk_size,

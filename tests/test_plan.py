@@ -354,8 +354,9 @@ def test_command(backbone, capsys):
 def test_command_counts_windows_as_training_does(backbone, tiny_dataset, tiny_data, tmp_path, capsys):
     import yaml
 
+    from karma_fast import KarmaTrainingArguments
     from karma_fast.data import training_windows
-    from karma_fast.trainer import KarmaTrainingArguments, windows_of_a_step
+    from karma_fast.trainer import windows_of_a_step
 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"data": tiny_dataset.to_dict()}), encoding="utf-8")

@@ -62,7 +62,7 @@ if rank == 0:
     torch.save({n: p.grad for n, p in trained.items()}, folder / f"out-{processes}.pt")
 """
 TRAINING = COMMON + BUILD + """
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 
 args = KarmaTrainingArguments(output_dir=folder / f"run-{processes}", max_steps=4, warmup_steps=0,
                               per_device_train_batch_size=6 // processes,
@@ -76,7 +76,7 @@ if args.process_index == 0:
 INTERRUPTED = COMMON + GROUP + BUILD + """
 import os, signal, time
 from transformers import Trainer, TrainerCallback
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 
 
 class Signals(TrainerCallback):
@@ -115,7 +115,7 @@ if rank == 0:
 dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
 """
 NAN = COMMON + GROUP + BUILD + """
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 
 args = KarmaTrainingArguments(output_dir=folder / "run", max_steps=4, per_device_train_batch_size=3, save_steps=2,
                               logging_steps=50, disable_tqdm=True, use_cpu=True)

@@ -19,13 +19,13 @@ from benchmarks.quality.rivals import make_id_row, train_sasrec_row
 from benchmarks.quality.rows import ROWS, chosen, why_not
 from benchmarks.quality.settings import DATA, DataSet, base_config
 from benchmarks.quality.train import Deadline, build, config_of
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 from karma_fast.config import ConfigError, DataConfig, RunConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
 from karma_fast.evaluation import Ranks
 from karma_fast.evaluation.evaluate import evaluate_model
 from karma_fast.step import backward
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 KARMA = [row for row in ROWS.values() if row.kind == "karma"]
 

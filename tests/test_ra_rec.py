@@ -11,6 +11,7 @@ import torch
 from test_batches import assert_reaches_another_process
 from torch.nn import functional as F
 
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 from karma_fast.config import ConfigError
 from karma_fast.data.schema import Items
 from karma_fast.losses.bpr import BPRLoss
@@ -22,7 +23,6 @@ from karma_fast.recipes.ra_rec.injection import Given
 from karma_fast.recipes.ra_rec.model import RaRecModel
 from karma_fast.recipes.ra_rec.select import BUCKETS, select_requests
 from karma_fast.step import backward
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 
 @pytest.fixture(autouse=True)

@@ -16,21 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from karma_fast.checkpoints import COMPLETE, checkpoints, keep_log, last_checkpoint, mark_partial
 from karma_fast.config import KarmaConfig
 from karma_fast.data.batches import log_sampling_probability
 from karma_fast.evaluation.evaluate import evaluate_model, protocol
 from karma_fast.model.karma import KarmaModel
 from karma_fast.step import OutOfMemory
-from karma_fast.trainer import (
-    COMPLETE,
-    KarmaTrainer,
-    KarmaTrainingArguments,
-    checkpoints,
-    keep_log,
-    last_checkpoint,
-    mark_partial,
-    shares,
-)
+from karma_fast.trainer import KarmaTrainer, shares
+from karma_fast.training_arguments import KarmaTrainingArguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +94,7 @@ from transformers import TrainerCallback
 from karma_fast.config import DataConfig, KarmaConfig
 from karma_fast.data import load_dataset
 from karma_fast.model.karma import KarmaModel
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from karma_fast.callbacks import Lines
+from karma_fast.checkpoints import last_checkpoint
 from karma_fast.config import ConfigError, RunConfig
 from karma_fast.data import Dataset
 from karma_fast.evaluation import Ranks
 from karma_fast.model.storage import write_atomically
-from karma_fast.run_setup import Lines, fit_to_gpu, training_arguments
-from karma_fast.trainer import KarmaTrainer, last_checkpoint, peak_memory_bytes
+from karma_fast.run_setup import fit_to_gpu, training_arguments
+from karma_fast.trainer import KarmaTrainer, peak_memory_bytes
 
 from . import controls
 from .protocol import Requests

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 from karma_fast.config import KarmaConfig, RunConfig
 from karma_fast.data import load_dataset, training_windows
 from karma_fast.data.batches import KarmaCollator, log_sampling_probability
@@ -22,7 +23,6 @@ from karma_fast.data.schema import Dataset
 from karma_fast.model.backbone import compute_dtype, load_backbone, resolve_backbone
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
-from karma_fast.trainer import KarmaTrainer, KarmaTrainingArguments
 
 from .. import ROOT
 from .cases import DEMO, SHAPES, Case, Side, usual

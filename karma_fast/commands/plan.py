@@ -67,7 +67,7 @@ def step_settings(config: RunConfig, data: Dataset | None) -> tuple[int, int | s
     """
     from ..data.windows import training_windows, windows_of_pairs
     from ..run_setup import gpu_defaults, training_settings
-    from ..trainer import KarmaTrainingArguments
+    from ..training_arguments import KarmaTrainingArguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(KarmaTrainingArguments)}
     settings = defaults | gpu_defaults() | training_settings(config.training)

@@ -539,3 +539,30 @@ def test_a_trained_sasrec_is_kept_for_the_same_data_and_seed(config, tiny_data, 
 
     first, again, other = vectors(0), vectors(0), vectors(1)
     assert trained == [0, 1] and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_drawn_negatives_are_items_of_the_whole_catalogue(config, tiny_data):
+    plain, more = build(config, tiny_data), build(config, tiny_data, num_negatives=30)
+    before, batch, again = batch_of(plain, tiny_data), batch_of(more, tiny_data), batch_of(more, tiny_data)
+    targets = before.keys[before.labels]
+    assert torch.equal(batch.keys[batch.labels], targets) and torch.equal(batch.keys, again.keys)
+    drawn = sorted(set(batch.keys.tolist()) - set(before.keys.tolist()))
+    assert len(drawn) > 10 and set(before.keys.tolist()) < set(batch.keys.tolist())
+    assert not torch.equal(batch_of(more, tiny_data, count=8).keys, batch.keys)
+    # evenly: what few users chose is drawn as often as what many did
+    starts, ends = more.training_windows(tiny_data.sequences, tiny_data.split)
+    counts = tiny_data.split.training_counts(tiny_data.sequences, len(tiny_data.items))
+    collate, seen = more.collator(tiny_data.sequences), np.zeros(len(tiny_data.items))
+    for window in zip(starts.tolist(), ends.tolist(), strict=True):
+        found = collate([window])
+        seen[np.setdiff1d(found.keys.numpy(), found.keys[found.labels].numpy())] += 1
+    common = counts > np.median(counts)
+    assert 0.9 < seen[common].mean() / seen[~common].mean() < 1.1
+    # every request is compared with each of them
+    u = F.normalize(torch.randn(len(targets) + len(batch.keys), more.width), dim=-1)
+    requests, items = u[:len(targets)], u[len(targets):]
+    scores = more.loss.scale * (requests @ items.T)
+    wanted = torch.stack([F.softplus(row[torch.arange(len(row)) != label] - row[label]).mean()
+                          for row, label in zip(scores, batch.labels, strict=True)]).mean()
+    losses = dict(more.embedding_losses(u, batch))
+    torch.testing.assert_close(losses["act"](), wanted)

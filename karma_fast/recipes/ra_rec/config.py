@@ -25,6 +25,7 @@ class RaRecConfig(ModelConfig):
     injection: Literal["layers", "input"] = "layers"  # into every layer's input, or the first one's alone
     num_context_tokens: int = 8  # learned tokens before an injected vector; 0: none
     init_scale: float = 5.0  # of the inner products in BPR, whose sigmoid wants smaller scores than a softmax
+    num_negatives: int = 0  # drawn evenly from the catalogue for each batch of a process, beside its targets
     act_weight: float = 1.0
     align_weight: float = 0.1  # lambda
     align_scale: float = 1 / 0.07  # 1 / tau
@@ -34,7 +35,7 @@ class RaRecConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "max_title_tokens", "max_text_tokens")
-        self.at_least(0, "num_context_tokens", "act_weight", "align_weight")
+        self.at_least(0, "num_context_tokens", "num_negatives", "act_weight", "align_weight")
         require(self.act_weight > 0 or self.align_weight > 0,
                 "model: every loss weight is 0; set at least one above 0")
         require(self.align_scale > 0, f"model.align_scale: got {self.align_scale}; a number above 0 is needed")

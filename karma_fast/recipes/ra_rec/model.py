@@ -157,7 +157,8 @@ class RaRecModel(Recommender):
 
         log_q is there for recipes that correct for sampling.
         """
-        return RaRecCollator(self.prompts, sequences.without_queries(self.config.query_dropout, seed), chunk_size)
+        return RaRecCollator(self.prompts, sequences.without_queries(self.config.query_dropout, seed), chunk_size,
+                             seed)
 
     def read(self, chunk: HybridChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         rows = self._last_states(chunk)

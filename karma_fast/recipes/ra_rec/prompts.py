@@ -124,18 +124,23 @@ class HybridPrompts:
 class RaRecCollator:
     """Windows (start, end) of flat events -> `RaRecBatch`: the last event of each is the target.
 
-    chunk_size: prompts that the language model reads at once; None: all requests, then all items.
+    chunk_size: prompts that the language model reads at once; None: all requests, then all items. seed: of the
+    negatives that are drawn; the same windows have the same ones.
     """
 
-    def __init__(self, prompts: HybridPrompts, sequences: UserSequences, chunk_size: int | None = None) -> None:
-        self.prompts, self.sequences, self.chunk_size = prompts, sequences, chunk_size
+    def __init__(self, prompts: HybridPrompts, sequences: UserSequences, chunk_size: int | None = None,
+                 seed: int = 0) -> None:
+        self.prompts, self.sequences, self.chunk_size, self.seed = prompts, sequences, chunk_size, seed
 
     def __call__(self, windows: Sequence[tuple[int, int]]) -> RaRecBatch:
         events, longest = self.sequences.items, self.prompts.config.max_history
         histories = [events[max(start, end - 1 - longest):end - 1] for start, end in windows]
         queries = [query_of(self.sequences, end - 1) for _, end in windows]
         targets = np.array([events[end - 1] for _, end in windows], dtype=np.int64)
-        keys, labels = np.unique(targets, return_inverse=True)
+        drawn = np.random.default_rng((self.seed, *np.ravel(windows))).integers(
+            len(self.prompts.item_lengths), size=self.prompts.config.num_negatives)
+        keys = np.unique(np.concatenate([targets, drawn]))
+        labels = np.searchsorted(keys, targets)
         prompts = [self.prompts.build([histories[i] for i in part], [queries[i] for i in part])
                    for part in self._parts(len(windows))]
         prompts += [self.prompts.of_items(keys[part]) for part in self._parts(len(keys))]

@@ -144,10 +144,14 @@ def averaged_step(case: Case) -> list[Tensor]:
     return [loss, *grads]
 
 
-def inputs_in(dtype: torch.dtype, rank: int, processes: int) -> tuple[Tensor, Tensor, Tensor]:
+DTYPES = {"bfloat16": (torch.bfloat16,) * 2, "float16": (torch.float16,) * 2, "float32": (torch.float32,) * 2,
+          "mixed": (torch.bfloat16, torch.float32)}  # of queries and keys
+
+
+def inputs_in(dtypes: tuple[torch.dtype, torch.dtype], rank: int, processes: int) -> tuple[Tensor, Tensor, Tensor]:
     """The loss under autocast of inputs that are leaves, and their gradients."""
     batch = batch_part(1, (BATCH // processes,) * processes, rank)
-    query, key = (x.to(dtype).requires_grad_() for x in (batch.query, batch.key))
+    query, key = (x.to(dtype).requires_grad_() for x, dtype in zip((batch.query, batch.key), dtypes, strict=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=processes > 1):
         loss = InfoNCELoss(scale=20.0, symmetric=True, gather=True)(query, key, batch.labels, key_ids=batch.key_ids)
     loss.backward()
@@ -201,8 +205,7 @@ def under_torchrun(folder: Path) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     found = {"steps": [averaged_step(case) for case in cases(processes)], "nothing": nothing_at_all(),
              "rows": gathered_rows(rank, processes), "refusals": refusals(rank),
-             "dtypes": {str(dtype): inputs_in(dtype, rank, processes)
-                        for dtype in (torch.bfloat16, torch.float16, torch.float32)}}
+             "dtypes": {name: inputs_in(dtypes, rank, processes) for name, dtypes in DTYPES.items()}}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -111,15 +111,15 @@ def test_the_cases_have_copies_of_items_in_other_processes(sizes):
     assert (with_ids - without).abs() > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_dtypes_under_autocast(results, dtype):
+@pytest.mark.parametrize("kind", worker.DTYPES)
+def test_dtypes_under_autocast(results, kind):
     """The loss is that of the inputs as they are, in float32; each gradient has its input's dtype."""
-    batch, processes = worker.batch_part(1, (worker.BATCH,), 0), len(results)
-    loss, query_grad, key_grad = worker.inputs_in(dtype, 0, 1)
-    found = [result["dtypes"][str(dtype)] for result in results]
-    assert all(part[0].dtype == torch.float32 and part[1].dtype == part[2].dtype == dtype for part in found)
+    batch, processes, dtypes = worker.batch_part(1, (worker.BATCH,), 0), len(results), worker.DTYPES[kind]
+    loss, query_grad, key_grad = worker.inputs_in(dtypes, 0, 1)
+    found = [result["dtypes"][kind] for result in results]
+    assert all(part[0].dtype == torch.float32 and (part[1].dtype, part[2].dtype) == dtypes for part in found)
     torch.testing.assert_close(torch.stack([part[0] for part in found]).mean(), loss, rtol=1e-6, atol=1e-6)
-    eps = max(torch.finfo(dtype).eps, 1e-6)
+    eps = max(*(torch.finfo(dtype).eps for dtype in dtypes), 1e-6)
     precision = {"rtol": 0.0, "atol": 2 * eps * max(query_grad.abs().max(), key_grad.abs().max())}
     torch.testing.assert_close(torch.cat([part[1] for part in found]) / processes, query_grad, **precision)
     for rank, part in enumerate(found):

@@ -297,3 +297,27 @@ def test_module_is_the_function():
                                            normalize=True))
     # gather without a process group is the same
     torch.testing.assert_close(InfoNCELoss(scale=7.0, symmetric=True, gather=True).double()(**inputs), loss)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_linear_tower_beside_an_embedding_under_autocast(backend, symmetric):
+    """Autocast makes the linear layer's output half; the loss is that of both outputs in float32."""
+    torch.manual_seed(0)
+    user, item = torch.nn.Linear(5, 8), torch.nn.Embedding(9, 8)
+    features, ids = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 1, 5, 7, 8])
+    loss_fn = InfoNCELoss(scale=10.0, symmetric=symmetric, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        query, key = user(features), item(ids)
+        assert (query.dtype, key.dtype) == (torch.bfloat16, torch.float32)
+        loss = loss_fn(query, key, key_ids=ids)
+        again = loss_fn(query.detach().float(), key.detach(), key_ids=ids)  # of one dtype, and float32 stays float32
+    loss.backward()
+    assert loss.dtype == torch.float32 and user.weight.grad.any() and item.weight.grad.any()
+    expected = loss_fn(query.detach().float(), key.detach(), key_ids=ids)
+    assert torch.equal(loss, expected) and torch.equal(again, expected)
+    with pytest.raises(TypeError, match="query is torch.bfloat16 and key is torch.float32"):
+        info_nce(query, key)
+    for wrong, said in ((ids, "key: got dtype torch.int64"), ([1.0], "key: got list")):
+        with pytest.raises(TypeError, match=said):
+            loss_fn(query, wrong)

@@ -291,6 +291,19 @@ def test_bpr_in_blocks_gives_the_same(monkeypatch):
             loss(*wrong)
 
 
+def test_bpr_under_autocast():
+    torch.manual_seed(0)
+    query, key, labels, ids = torch.randn(7, 4), torch.randn(9, 4), torch.arange(7), torch.arange(9)
+    loss, half = BPRLoss(), query.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, mixed = loss(query, key, labels, ids), loss(half, key, labels, ids)
+    assert torch.equal(found, loss(query, key, labels, ids))
+    assert torch.equal(mixed, loss(half.float(), key, labels, ids))
+    mixed.backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert torch.equal(loss(half, key, labels, ids), mixed)  # as towers of two dtypes are without autocast
+
+
 def test_selection_filters_and_draws_evenly(config, tiny_data):
     from karma_fast.data import training_windows
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from karma_kernels import info_nce
 from karma_kernels.info_nce import check_inputs
 
-from ..losses.info_nce import batch_sizes, gather_rows
+from ..losses.info_nce import batch_sizes, gather_rows, in_one_dtype
 
 
 class ClipLoss(nn.Module):
@@ -92,9 +92,7 @@ class ClipLoss(nn.Module):
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
                 logit_bias: float | Tensor | None = None, output_dict: bool = False, *,
                 ids: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        if image_features.dtype != text_features.dtype:  # under autocast only one of the towers may end in half
-            wider = torch.promote_types(image_features.dtype, text_features.dtype)
-            image_features, text_features = image_features.to(wider), text_features.to(wider)
+        image_features, text_features = in_one_dtype(image_features, text_features)
         if image_features.shape[:1] != text_features.shape[:1]:
             raise ValueError(f"image_features has shape {tuple(image_features.shape)} and text_features "
                              f"{tuple(text_features.shape)}; one text for each image is needed")

@@ -136,13 +136,12 @@ class MultipleNegativesRankingLoss(host.MultipleNegativesRankingLoss):
             candidates = torch.cat([candidates, anchors])
             candidate_ids = torch.cat([candidate_ids, anchor_ids])
 
-        # the encoders of a Router may differ in dtype, and the host's loss needs no .to() in a loop of one's own
-        dtype, info_nce = torch.promote_types(anchors.dtype, candidates.dtype), self.info_nce.to(anchors.device)
+        info_nce = self.info_nce.to(anchors.device)  # the host's loss needs no .to() in a loop of one's own
         if self.learnable_scale:
             info_nce.clamp_()  # nobody calls it after the optimiser's step
         else:
             info_nce.log_scale.fill_(math.log(self.scale))  # loss.scale may be set between steps, as in the host
-        return info_nce(anchors.to(dtype), candidates.to(dtype), None, anchor_ids, candidate_ids)
+        return info_nce(anchors, candidates, None, anchor_ids, candidate_ids)
 
     def get_config_dict(self) -> dict[str, Any]:
         return super().get_config_dict() | {"labels_are_ids": self.labels_are_ids,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .info_nce import batch_sizes, gather_rows
+from .info_nce import batch_sizes, gather_rows, in_one_dtype
 from .scaled import ScaledLoss
 
 BLOCK_BYTES = 64 << 20  # of scores at a time
@@ -35,13 +35,13 @@ class BPRLoss(ScaledLoss):
     | input      | needed                                                                       |
     +============+==============================================================================+
     | query      | (B, D) floating                                                              |
-    | key        | (N, D), same dtype                                                           |
+    | key        | (N, D) floating; of two dtypes, as under autocast, the wider one counts      |
     | labels     | (B,) integers into ``key``: the positives                                    |
     | key_ids    | (N,) integers; items with the id of a row's positive are not its negatives   |
     +------------+------------------------------------------------------------------------------+
 
     Returns:
-        the mean over the queries, (). A query without a negative counts 0.
+        the mean over the queries, (). A query without a negative counts 0. Autocast does not change it.
 
     Example:
         >>> loss = BPRLoss(scale=1.0)
@@ -62,6 +62,7 @@ class BPRLoss(ScaledLoss):
         if labels.shape != query.shape[:1] or key_ids.shape != key.shape[:1]:
             raise ValueError(f"labels, key_ids: got {tuple(labels.shape)} and {tuple(key_ids.shape)}; "
                              f"({len(query)},) and ({len(key)},) are needed")
+        query, key = in_one_dtype(query, key)
         total, processes = len(query), 1
         if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sizes = batch_sizes(query, key, None, key_ids, None)
@@ -77,7 +78,8 @@ class BPRLoss(ScaledLoss):
 
     @staticmethod
     def _sum(query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-        scores = scale * (query @ key.T).float()
+        with torch.autocast(query.device.type, enabled=False):
+            scores = scale * (query @ key.T).float()
         negative = (key_ids != key_ids[labels][:, None]) * weights
         losses = F.softplus(scores - scores.gather(1, labels[:, None])) * negative
         return (losses.sum(dim=1) / negative.sum(dim=1).clamp_min(1)).sum()

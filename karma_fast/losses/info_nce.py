@@ -58,7 +58,8 @@ class InfoNCELoss(ScaledLoss):
     | input      | needed                                                                                  |
     +============+=========================================================================================+
     | query      | (B, D) floating                                                                         |
-    | key        | (N, D), same dtype: positives, and any number of further negatives                      |
+    | key        | (N, D) floating: positives, and any number of further negatives. Of two dtypes, as      |
+    |            | under autocast, the wider one counts (:func:`karma_kernels.info_nce` wants one)         |
     | labels     | (B,) integers into this process's ``key``; None: key i belongs to query i               |
     | query_ids  | (B,) or (B, 2) integers, id of the item asked for; None: ``key_ids[labels]``            |
     | key_ids    | (N,) or (N, 2) integers, id of the item behind a key, and a second one such as that of  |
@@ -94,6 +95,7 @@ class InfoNCELoss(ScaledLoss):
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None, query_ids: Tensor | None = None,
                 key_ids: Tensor | None = None, log_q: Tensor | None = None) -> Tensor:
+        query, key = in_one_dtype(query, key)
         options = {"scale": self.scale, "normalize": self.normalize, "backend": self.backend}
         if not (self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return info_nce(query, key, labels, query_ids=query_ids, key_ids=key_ids, log_q=log_q,
@@ -133,6 +135,18 @@ class InfoNCELoss(ScaledLoss):
         return (f"scale={self.scale.item():.4g}, learnable={self.learnable}, max_scale={self.max_scale:g}, "
                 f"symmetric={self.symmetric}, normalize={self.normalize}, gather={self.gather}, "
                 f"backend={self.backend!r}")
+
+
+def in_one_dtype(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their floating dtypes: under autocast one of two towers may end in half precision.
+
+    What is no floating tensor stays as it is, for the checks to name.
+    """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor)) or query.dtype == key.dtype \
+            or query.dtype not in FLOATS or key.dtype not in FLOATS:
+        return query, key
+    wider = torch.promote_types(query.dtype, key.dtype)
+    return query.to(wider), key.to(wider)
 
 
 def batch_sizes(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor | None,

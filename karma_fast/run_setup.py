@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
-from .checkpoints import last_checkpoint
+from .checkpoints import checkpoints, last_checkpoint, remove_stale
 from .commands.common import device_name
 from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
 from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
-from .model.storage import write_atomically
+from .model.storage import remove_if_empty, remove_model, write_atomically
 from .step import OutOfMemory
 from .trainer import KarmaTrainer, windows_of_a_step
 from .training_arguments import KarmaTrainingArguments
@@ -141,7 +140,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         raise ConfigError(f"{name}: {folder} was started with {before!r} and cannot go on with {now!r}; set it back, "
                           "or start anew with --overwrite")
 
-    exists = (folder / "metrics.json").exists() or any(folder.glob("checkpoint-*"))
+    exists = (folder / "metrics.json").exists() or bool(checkpoints(folder))
     if exists and not (resume or overwrite):
         raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, and "
                           "--output_dir FOLDER writes elsewhere")
@@ -165,10 +164,20 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     if exists and not resume:  # what the earlier run wrote, and nothing else
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
-        for path in [folder / "model", folder / "runs", *folder.glob("checkpoint-*")]:
-            shutil.rmtree(path, ignore_errors=True)
+        remove_stale(folder, None, overwrite=True)
+        remove_model(folder / "model")
+        remove_events(folder / "runs")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def remove_events(folder: Path) -> None:
+    """Removes the files of TensorBoard in the folders of ``folder``, one a start, and what is empty without them."""
+    found = list(folder.glob("*/events.out.tfevents.*"))
+    for file in found:
+        file.unlink()
+    for path in [*{file.parent for file in found}, folder]:
+        remove_if_empty(path)
 
 
 @contextlib.contextmanager

@@ -333,6 +333,32 @@ def test_a_run_started_with_a_relative_backbone_can_go_on(tiny_config, tiny_back
     assert RunConfig.load(folder / "config.yaml").model.backbone == str(tiny_backbone)
 
 
+def test_overwrite_removes_what_the_earlier_run_wrote_and_nothing_else(tmp_path):
+    from karma_fast.run_setup import RESULTS
+
+    event, ours = "events.out.tfevents.1700000000.host.1.0", ["config.yaml", *RESULTS]
+    ours += [f"runs/Nov23_10-00-00_host/{event}", "checkpoint-3/model.safetensors", "checkpoint-3/complete",
+             "model/model.safetensors", "model/items.safetensors", "model/items.jsonl", "model/README.md",
+             "model/index.json", "model/index.safetensors", "model/id_model/id_model.json"]
+    others = ["model/mine.py", "runs/demo/metrics.json", f"runs/demo/runs/Nov20_10-00-00_host/{event}",
+              "runs/notes.txt", "checkpoint-notes/a.txt", "src/a.py"]
+
+    def replace(folder, *names, config="karma"):
+        for name in (*names, "metrics.json", "model/config.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        (folder / "model" / "config.json").write_text(json.dumps({config: {}}), encoding="utf-8")
+        prepare_folder(folder, RunConfig(), resume=False, overwrite=True)
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    assert replace(tmp_path / "project", *ours, *others) == {"config.yaml", *others}
+    assert not (tmp_path / "project" / "runs" / "Nov23_10-00-00_host").exists()
+    assert replace(tmp_path / "run", *ours) == {"config.yaml"}
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "runs").exists()
+    foreign = ["model/model.safetensors", "model/config.json"]  # of someone's language model
+    assert replace(tmp_path / "other", *foreign, config="model_type") == {"config.yaml", *foreign}
+
+
 @pytest.mark.parametrize("before, now, refused", [
     ({}, {"optim": "adafactor"}, "optim"), ({"adam_beta2": 0.99}, {}, "adam_beta2"),
     ({"seed": 1}, {"seed": 2}, "seed"), ({}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .recommender import Recommender
 
 FORMAT = 1  # raised when a folder of an older version can no longer be read
+FILES = ("config.json", "model.safetensors", "items.safetensors", "items.jsonl", "README.md")
+ID_FOLDER = "id_model"  # in it: the ID model of a recipe that reads vectors of one
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -61,6 +65,24 @@ def save_model(model: Recommender, folder: Path, facts: dict[str, Any] | None) -
     values = {"format": FORMAT, model.config.recipe: model.config.to_dict(), "versions": versions(),
               "facts": facts or {}}
     write_atomically(folder / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def remove_model(folder: Path) -> None:
+    """Removes what ``save_pretrained`` and `ItemIndex.save` wrote, if ``folder`` holds a saved model; nothing else."""
+    try:
+        read_config(folder)
+    except ConfigError:
+        return
+    for name in FILES:  # first the one without which the rest is no model
+        (folder / name).unlink(missing_ok=True)
+    remove_index(folder)
+    shutil.rmtree(folder / ID_FOLDER, ignore_errors=True)
+    remove_if_empty(folder)
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:

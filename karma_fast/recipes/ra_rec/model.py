@@ -17,7 +17,7 @@ from ...losses.bpr import BPRLoss
 from ...model.backbone import causal_lm, decoder_layers, load_backbone
 from ...model.packed_attention import PACKED
 from ...model.recommender import Recommender
-from ...model.storage import load_parts
+from ...model.storage import ID_FOLDER, load_parts
 from ...processes import several
 from .config import RaRecConfig
 from .id_models import known_vectors, load_id_model, make_id_model, save_id_model
@@ -28,7 +28,6 @@ from .select import select_requests
 
 SAMPLE = 64  # requests, and items, whose states set the starting point
 LEAST_SPREAD = 0.1  # of the length of the mean state: texts that are all the same have no spread of their own
-ID_FOLDER = "id_model"
 
 
 class RaRecModel(Recommender):

@@ -251,7 +251,8 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     pairs = float((windows.ends - windows.starts - 1).mean()) if config.positions == "all" else 1
     # with several processes the embeddings of all of them are gathered
     seen = negatives_of(min(args.train_batch_size, len(windows)) * args.world_size, pairs)
-    hard = "" if data.sequences.negatives is None else ", and its shown but unchosen items"
+    exposures = config.recipe == "karma" and data.sequences.negatives is not None
+    hard = ", and its shown but unchosen items" if exposures else ""
     at_once = min(args.chunk_size or args.train_batch_size, args.train_batch_size)
     steps = args.max_steps if args.max_steps > 0 else round(
         args.num_train_epochs * -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps))

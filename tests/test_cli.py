@@ -140,6 +140,26 @@ def test_auto_chunks_and_the_prediction_know_the_card(tiny_config, tiny_data, tm
     assert predicted == [(7, 5)]
 
 
+@pytest.mark.parametrize("recipe", ["karma", "ra_rec"])
+def test_the_banner_names_exposures_where_they_are_read(recipe, tiny_config, tiny_data, tmp_path, monkeypatch):
+    from karma_fast import recipes
+    from karma_fast.data.windows import training_windows
+    from karma_fast.run_setup import banner, training_arguments
+    from karma_fast.trainer import Windows
+
+    tiny_config.training |= {"use_cpu": True}
+    args, config = training_arguments(tiny_config, tmp_path), recipes.recipe(recipe).Config()
+    windows = Windows(*training_windows(tiny_data.sequences, tiny_data.split, 6, config.positions))
+    monkeypatch.setattr("karma_fast.run_setup.causal_lm", lambda model: SimpleNamespace(num_parameters=lambda: 0))
+    monkeypatch.setattr("karma_fast.run_setup.predicted_memory", lambda *_: "")
+    model = SimpleNamespace(config=config, parameters=list, backbone=SimpleNamespace(parameters=list))
+    trainer = SimpleNamespace(args=args, model=model, train_dataset=windows)
+    for negatives in (None, np.zeros(1, np.int32)):
+        data = dataclasses.replace(tiny_data, sequences=dataclasses.replace(tiny_data.sequences, negatives=negatives))
+        named = "shown but unchosen" in banner(trainer, data, tmp_path)
+        assert named == (recipe == "karma" and negatives is not None)
+
+
 def test_processes_wait_for_the_first_ranking(tiny_config, tmp_path):
     from karma_fast.run_setup import training_arguments
 

@@ -132,6 +132,7 @@ class ModelConfig(Section):
     index: Literal["flat", "hnsw", "ivf"] = "flat"  # over e, saved with the model; flat is exact
 
     def __post_init__(self) -> None:
+        self.backbone = os.path.expanduser(self.backbone)
         if os.path.isdir(self.backbone):  # so that a saved model, or a run, finds it from any folder
             self.backbone = str(Path(self.backbone).resolve())
         self.at_least(1, "max_history", "id_window")

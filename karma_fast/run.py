@@ -7,6 +7,7 @@ attention.json, model/ (weights, items, index) and report.html with report.md.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     and KeyboardInterrupt if Ctrl-C stopped the training (its last step is saved then).
     """
     started = time.perf_counter() if started is None else started
-    folder, stages = Path(folder), {}
+    folder, stages = Path(os.path.expanduser(folder)), {}
     args = training_arguments(config, folder)
     if config.model.index != "flat":
         try:

@@ -17,7 +17,7 @@ import torch
 from . import __version__
 from .checkpoints import checkpoints, last_checkpoint, remove_stale
 from .commands.common import device_name
-from .config import ConfigError, ModelConfig, RunConfig, convert, unknown_key
+from .config import ConfigError, DataConfig, ModelConfig, RunConfig, convert, unknown_key
 from .data.schema import Dataset
 from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
@@ -144,9 +144,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     if exists and not (resume or overwrite):
         raise ConfigError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, and "
                           "--output_dir FOLDER writes elsewhere")
-    for name in ("interactions", "items"):  # so that the file can be used from any folder
-        path = getattr(config.data, name)
-        setattr(config.data, name, str(Path(path).resolve()) if path else "")
+    keep_paths(config.data)
     if exists and resume and (folder / "config.yaml").exists():
         before, now = RunConfig.load(folder / "config.yaml").to_dict(), config.to_dict()
         if before["recipe"] != now["recipe"]:
@@ -169,6 +167,19 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         remove_events(folder / "runs")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def keep_paths(data: DataConfig) -> None:
+    """Makes the paths of the data absolute, so that config.yaml can be used from any folder."""
+    for name in ("image_column", "id_vector_column"):
+        value = getattr(data, name)
+        if value and value.endswith(".npy"):  # else a column; looked up as `data.catalogue` does
+            path, beside = Path(value).expanduser(), Path(data.items).expanduser().parent / value
+            if path.exists() or (data.items and beside.exists()):
+                setattr(data, name, str((path if path.exists() else beside).resolve()))
+    for name in ("interactions", "items"):
+        value = getattr(data, name)
+        setattr(data, name, str(Path(value).expanduser().resolve()) if value else "")
 
 
 def remove_events(folder: Path) -> None:

@@ -379,6 +379,59 @@ def test_overwrite_removes_what_the_earlier_run_wrote_and_nothing_else(tmp_path)
     assert replace(tmp_path / "other", *foreign, config="model_type") == {"config.yaml", *foreign}
 
 
+def test_home_is_known_in_paths(tiny_config, tiny_backbone, tiny_dataset, tmp_path, monkeypatch):
+    import karma_fast.run
+    from karma_fast.data import load_dataset
+
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for name, path in (("shop", Path(tiny_dataset.items).parent), ("model", tiny_backbone)):
+        (home / name).symlink_to(path)
+    tiny_config.data.interactions, tiny_config.data.items = "~/shop/clicks.csv", "~/shop/items.csv"
+    assert dataclasses.replace(tiny_config.model, backbone="~/model").backbone == str(tiny_backbone)
+    assert dataclasses.replace(tiny_config.model, backbone="~/none").backbone == str(home / "none")
+
+    def stop(config, say):
+        assert len(load_dataset(config.data).items) == 40
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(karma_fast.run, "checked_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        karma_fast.run.run(tiny_config, "~/run", say=lambda text: None)
+    kept = RunConfig.load(home / "run" / "config.yaml")
+    assert kept.data.items == str(Path(tiny_dataset.items).resolve())
+    assert kept.training["output_dir"] == str(home / "run")
+    assert not list(here.iterdir())
+
+
+def test_vector_files_of_a_run_are_found_from_any_folder(tiny_config, tiny_dataset, tmp_path, monkeypatch):
+    from karma_fast.data import load_dataset
+
+    for folder, names in (("shop", ("id.npy", "image.npy")), ("here", ("image.npy",)), ("there", ())):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            np.save(tmp_path / folder / name, np.full((40, 2), float(folder == "here"), np.float32))
+    (tmp_path / "shop" / "items.csv").write_bytes(Path(tiny_dataset.items).read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    tiny_config.data = dataclasses.replace(tiny_config.data, items="../shop/items.csv", image_column="image.npy",
+                                           id_vector_column="id.npy")  # in this folder, and beside the items
+
+    def vectors(config):
+        items = load_dataset(config).items
+        return items.image_vectors[0, 0], items.id_vectors[0, 0]
+
+    found = vectors(tiny_config.data)
+    prepare_folder(tmp_path / "run", tiny_config, resume=False, overwrite=False)
+    monkeypatch.chdir(tmp_path / "there")
+    assert vectors(RunConfig.load(tmp_path / "run" / "config.yaml").data) == found == (1.0, 0.0)
+    named = dataclasses.replace(tiny_config.data, image_column="missing.npy", id_vector_column="vectors")
+    prepare_folder(tmp_path / "other", RunConfig(data=named), resume=False, overwrite=False)
+    assert (named.image_column, named.id_vector_column) == ("missing.npy", "vectors")  # nothing to find, a column
+
+
 @pytest.mark.parametrize("before, now, refused", [
     ({}, {"optim": "adafactor"}, "optim"), ({"adam_beta2": 0.99}, {}, "adam_beta2"),
     ({"seed": 1}, {"seed": 2}, "seed"), ({}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type"),

@@ -87,9 +87,12 @@ def explain(error: Exception) -> tuple[int, str | None]:
 def split_settings(argv: list[str], command: argparse.ArgumentParser) -> tuple[list[str], dict[str, str]]:
     """Takes the settings (``--key value``, ``--key=value``, ``--key`` for true) out of the words for argparse.
 
+    The command's own options may be spelled with ``_`` too. A word that ends in .yaml or .yml is CONFIG.yaml, not the
+    value of the setting before it.
+
     >>> parser = argparse.ArgumentParser()
     >>> _ = parser.add_argument("--resume", action="store_true")
-    >>> split_settings(["--resume", "--model.positions", "last", "a.yaml", "--bf16"], parser)
+    >>> split_settings(["--resume", "--model.positions", "last", "--bf16", "a.yaml"], parser)
     (['--resume', 'a.yaml'], {'model.positions': 'last', 'bf16': 'true'})
     """
     own = {option for action in command._actions for option in action.option_strings}
@@ -97,12 +100,13 @@ def split_settings(argv: list[str], command: argparse.ArgumentParser) -> tuple[l
     while at < len(argv):
         name, equals, value = argv[at].partition("=")
         at += 1
-        if not name.startswith("--") or name in own or name == "--":
-            rest.append(argv[at - 1])
+        option = name.replace("_", "-")
+        if not name.startswith("--") or option in own or name == "--":
+            rest.append(f"{option}{equals}{value}" if option in own else argv[at - 1])
             continue
         if not equals:
             value = "true"
-            if at < len(argv) and not argv[at].startswith("--"):
+            if at < len(argv) and not argv[at].startswith("--") and not argv[at].endswith((".yaml", ".yml")):
                 value = argv[at]
                 at += 1
         settings[name[2:].replace("-", "_")] = value
@@ -236,8 +240,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                       "bytes, GiB 2^30 (default: the first GPU here, with its own compute capability)")
     plan.add_argument("--batch-size", type=whole, metavar="PAIRS",
                       help="query-target pairs that compete in a step on one GPU (training.batch_size)")
-    plan.add_argument("--chunk-size", type=whole, metavar="WINDOWS",
-                      help="read at once (training.chunk_size); default: the largest that fits is looked for")
+    plan.add_argument("--chunk-size", type=whole_or_auto, metavar="WINDOWS",
+                      help="read at once (training.chunk_size); default, as auto: the largest that fits")
     select = add("select", "select", "choose training requests evenly over kinds of users and items, as RA-Rec does",
                  "examples:\n  karma-fast select shop.yaml --share 0.06 --overlap --output chosen.csv\n\nTraining "
                  "does the same with recipe: ra_rec and model.select_share, model.select_overlap.\n\n"
@@ -259,6 +263,10 @@ def whole(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; a whole number of 1 or more is needed")
     return int(text)
+
+
+def whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else whole(text)
 
 
 def section_help(section: type) -> str:

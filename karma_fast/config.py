@@ -267,6 +267,8 @@ class RunConfig:
         for key in values:
             if key not in ("recipe", "data", "model", "training"):
                 raise unknown_key("config", key, ("recipe", "data", "model", "training"))
+        # a section may hold nothing but comments
+        values = {key: {} if part is None and key != "recipe" else part for key, part in values.items()}
         for key, part in values.items():
             if key != "recipe" and not isinstance(part, dict):
                 raise ConfigError(f"config.{key}: got {part!r}; a section with settings is needed")
@@ -306,9 +308,10 @@ class RunConfig:
             if not section:
                 section = next((s.section for s in (DataConfig, model)
                                 if name in {f.name for f in dataclasses.fields(s)}), "training")
-            part = values.setdefault(section, {})
-            if isinstance(part, dict):
-                part[name] = value
+            if values.get(section) is None:
+                values[section] = {}
+            if isinstance(values[section], dict):
+                values[section][name] = value
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

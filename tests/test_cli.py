@@ -222,6 +222,28 @@ def test_settings_are_told_from_options():
     assert settings == {"max_steps": "3", "learning_rate": "-1e-4", "bf16": "true"}
 
 
+def test_options_may_be_spelled_as_settings_and_a_switch_leaves_the_file_alone():
+    commands = build_parser()[1]
+    rest, settings = split_settings(["train", "--eval_on_start", "a.yaml", "--test_users", "5"], commands["train"])
+    assert rest == ["train", "a.yaml", "--test-users", "5"] and settings == {"eval_on_start": "true"}
+    rest, settings = split_settings(["baselines", "--no_sasrec", "--test_users=5", "--user_column", "who", "b.yml"],
+                                    commands["baselines"])
+    assert rest == ["baselines", "--no-sasrec", "--test-users=5", "b.yml"] and settings == {"user_column": "who"}
+    rest, settings = split_settings(["plan", "--chunk_size", "auto", "--max_steps", "3"], commands["plan"])
+    assert settings == {"max_steps": "3"} and build_parser()[0].parse_args(rest).chunk_size == "auto"  # as the setting
+
+
+def test_a_section_of_comments_alone_is_empty(tmp_path):
+    path = tmp_path / "shop.yaml"
+    path.write_text("data:\nmodel:\n  # backbone: x\ntraining:\n", encoding="utf-8")
+    assert RunConfig.load(path) == RunConfig()
+    assert RunConfig.load(path, {"max_steps": "3"}).training == {"max_steps": "3"}
+    path.write_text("training: 0\n", encoding="utf-8")
+    for overrides in ({}, {"max_steps": "3"}):
+        with pytest.raises(ConfigError, match="config.training: got 0; a section with settings is needed"):
+            RunConfig.load(path, overrides)
+
+
 def test_messages_and_codes_of_errors():
     assert explain(ConfigError("model.x: no")) == (2, "model.x: no")
     assert explain(MemoryError("set it lower")) == (1, "set it lower")

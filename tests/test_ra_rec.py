@@ -485,6 +485,11 @@ def test_bad_settings_are_refused(config):
             dataclasses.replace(config, **changes)
 
 
+def test_home_is_known_in_the_folder_of_an_id_model(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert dataclasses.replace(config, id_model="~/sasrec").id_model == "/home/someone/sasrec"
+
+
 @pytest.fixture
 def config_file(config, tiny_dataset, tmp_path, monkeypatch):
     import yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,7 @@ class RaRecConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.id_model = os.path.expanduser(self.id_model)
         self.at_least(1, "max_title_tokens", "max_text_tokens")
         self.at_least(0, "num_context_tokens", "num_negatives", "act_weight", "align_weight")
         require(self.act_weight > 0 or self.align_weight > 0,

@@ -262,8 +262,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     pairs = float((windows.ends - windows.starts - 1).mean()) if config.positions == "all" else 1
     # with several processes the embeddings of all of them are gathered
     seen = negatives_of(min(args.train_batch_size, len(windows)) * args.world_size, pairs)
-    exposures = config.recipe == "karma" and data.sequences.negatives is not None
-    hard = ", and its shown but unchosen items" if exposures else ""
+    more = trainer.model.further_negatives(data.sequences)
     at_once = min(args.chunk_size or args.train_batch_size, args.train_batch_size)
     steps = args.max_steps if args.max_steps > 0 else round(
         args.num_train_epochs * -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps))
@@ -275,7 +274,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
         f"{millions(trained)} trained, computing in {str(compute_dtype(args.device)).removeprefix('torch.')}",
         *([f"  queries    {how_queries_are_read(trainer.model)}"] if data.sequences.queries is not None else []),
         f"  training   {steps:,} steps of {args.train_batch_size} of {len(windows):,} windows; each query sees about "
-        f"{seen:,} negatives{hard}",
+        f"{seen:,} negatives{more and f', and {more}'}",
         f"  memory     {at_once} windows at once (training.chunk_size); {predicted_memory(trainer, data)}",
         f"  seed       {args.seed}",
         f"  writes to  {folder}", ""])

@@ -115,7 +115,7 @@ class KarmaTrainer(Trainer):
             args._n_gpu = 1
         args.per_device_train_batch_size = windows_of_a_step(args, model.config.positions, starts, ends)
         if args.per_device_train_batch_size * args.world_size == 1 and model.loss.wants("act") \
-                and data.sequences.negatives is None:
+                and not model.further_negatives(data.sequences):
             raise ValueError("a step has one window, whose targets have no negatives; give "
                              "training.per_device_train_batch_size 2 or more, or a larger training.batch_size")
         log_q = log_sampling_probability(data.sequences, data.split, len(data.items))

@@ -141,7 +141,7 @@ def test_auto_chunks_and_the_prediction_know_the_card(tiny_config, tiny_data, tm
 
 
 @pytest.mark.parametrize("recipe", ["karma", "ra_rec"])
-def test_the_banner_names_exposures_where_they_are_read(recipe, tiny_config, tiny_data, tmp_path, monkeypatch):
+def test_the_banner_names_the_negatives_that_are_read(recipe, tiny_config, tiny_data, tmp_path, monkeypatch):
     from karma_fast import recipes
     from karma_fast.data.windows import training_windows
     from karma_fast.run_setup import banner, training_arguments
@@ -149,15 +149,20 @@ def test_the_banner_names_exposures_where_they_are_read(recipe, tiny_config, tin
 
     tiny_config.training |= {"use_cpu": True}
     args, config = training_arguments(tiny_config, tmp_path), recipes.recipe(recipe).Config()
+    own = recipes.recipe(recipe).model_class()
     windows = Windows(*training_windows(tiny_data.sequences, tiny_data.split, 6, config.positions))
     monkeypatch.setattr("karma_fast.run_setup.causal_lm", lambda model: SimpleNamespace(num_parameters=lambda: 0))
     monkeypatch.setattr("karma_fast.run_setup.predicted_memory", lambda *_: "")
     model = SimpleNamespace(config=config, parameters=list, backbone=SimpleNamespace(parameters=list))
+    model.further_negatives = lambda sequences: own.further_negatives(model, sequences)
     trainer = SimpleNamespace(args=args, model=model, train_dataset=windows)
     for negatives in (None, np.zeros(1, np.int32)):
         data = dataclasses.replace(tiny_data, sequences=dataclasses.replace(tiny_data.sequences, negatives=negatives))
         named = "shown but unchosen" in banner(trainer, data, tmp_path)
         assert named == (recipe == "karma" and negatives is not None)
+    if recipe == "ra_rec":
+        config.num_negatives = 64
+        assert "negatives, and 64 drawn items" in banner(trainer, data, tmp_path)
 
 
 def test_processes_wait_for_the_first_ranking(tiny_config, tmp_path):

@@ -196,6 +196,9 @@ class KarmaModel(Recommender):
             raise ValueError(ONE_USER)
         return starts, ends
 
+    def further_negatives(self, sequences: UserSequences) -> str:
+        return "" if sequences.negatives is None else "its shown but unchosen items"
+
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> KarmaCollator:
         """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""

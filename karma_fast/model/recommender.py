@@ -28,8 +28,8 @@ class Recommender(nn.Module):
     """Users and items meet in one space of unit vectors; their inner product is the score.
 
     A recipe's model adds ``loss`` (a `WeightedLoss`), ``prompts`` (whose ``build`` makes a `PromptChunk` of requests),
-    ``width`` of the vectors, ``collator``, ``read``, ``embedding_losses``, ``encode_items``, ``item_tensors``, and the
-    class methods ``build`` and ``from_pretrained``. `karma_fast.step.backward` trains any of them.
+    ``width`` of the vectors, ``collator``, ``further_negatives``, ``read``, ``embedding_losses``, ``encode_items``,
+    ``item_tensors``, and the class methods ``build`` and ``from_pretrained``. `karma_fast.step.backward` trains any.
     """
 
     loss: WeightedLoss
@@ -48,6 +48,10 @@ class Recommender(nn.Module):
     def training_windows(self, sequences: UserSequences, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """(W,) starts and (W,) ends of the windows of events that are trained on."""
         return training_windows(sequences, split, self.config.max_history, self.config.positions)
+
+    def further_negatives(self, sequences: UserSequences) -> str:
+        """What a request is compared with beside the targets of its batch, in words; "" for nothing."""
+        raise NotImplementedError
 
     def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         """A pass over some prompts: (P, d) unit vectors of their pairs, and () the sum of their text losses.

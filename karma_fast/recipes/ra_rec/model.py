@@ -150,6 +150,10 @@ class RaRecModel(Recommender):
                               "the titles of its history; set it to false")
         return starts[chosen], ends[chosen]
 
+    def further_negatives(self, sequences: UserSequences) -> str:
+        drawn = self.config.num_negatives
+        return f"{drawn:,} drawn item{'s' * (drawn > 1)}" if drawn else ""
+
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> RaRecCollator:
         """Makes batches of windows; chunk_size: prompts that the language model reads at once, None for all.

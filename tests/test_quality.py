@@ -143,6 +143,15 @@ def test_rows_of_the_other_recipe_share_language_model_and_training(tiny, tiny_d
     assert configs["ra-rec-no-align"] == configs["ra-rec"] | {"align_weight": 0.0} != configs["ra-rec"]
 
 
+def test_a_setting_of_one_recipe_is_none_of_the_other(tiny, tiny_dataset, command, capsys):
+    changes = {"model.num_negatives": "5"}
+    assert base_config(DATA["tiny"], "reduced", tiny_dataset, changes, "ra_rec").model.num_negatives == 5
+    assert base_config(DATA["tiny"], "reduced", tiny_dataset, changes).model == tiny.model
+    with pytest.raises(SystemExit):
+        command("--rows", "A,knn", "--set", "model.num_negatives=5", "--on", "valid")
+    assert "--set model.num_negatives: none of the rows A, knn has this setting" in capsys.readouterr().err
+
+
 def test_queries_of_beauty_take_the_last_position(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("beauty", "beauty-queries"):

@@ -138,8 +138,13 @@ def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> 
     """All rows of the first seed, then of the next; whether nothing is left to do."""
     for row in rows:
         refuse_fixed(row, table.changes)
-        if row.recipe:
-            table.base_of(row.recipe)  # what a change may not be for this recipe is said before anything is trained
+    # what a change may not be is said before anything is trained
+    bases = [table.base_of(name) for name in dict.fromkeys(row.recipe for row in rows) if name]
+    for name in table.changes:
+        section, _, key = name.partition(".")
+        if section == "model" and not any(hasattr(base.model, key) for base in bases):
+            raise ConfigError(f"--set {name}: none of the rows {', '.join(row.name for row in rows)} has this "
+                              "setting; leave it out, or take other rows")
     jobs = [(row, seed) for seed in seeds for row in rows if row.seeded or seed == seeds[0]]
     if not (resume or table.again or table.diagnose):
         for row, seed in jobs:

@@ -14,6 +14,7 @@ from karma_fast.recipes import recipe
 from karma_fast.run_setup import training_settings
 
 from .beauty import ORIGINALS, QUERY_COLUMN, convert, default_folder
+from .rows import RECIPES
 
 Size = Literal["reduced", "full"]
 
@@ -89,7 +90,7 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
     """Model and training that every row of a recipe starts from.
 
     changes: settings such as {"model.decode_weight": "0.03", "training.max_steps": "20"}; ConfigError for one that
-    KARMA's do not have. Of other recipes a model setting that they lack is left out.
+    no recipe has. A model setting that this recipe lacks is left out.
     """
     values = copy.deepcopy(REDUCED if size == "reduced" else FULL)
     if size == "reduced":
@@ -99,15 +100,14 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
     else:
         values["model"] = {name: values["model"][name] for name in ("backbone", "quantization")}
         values["training"] |= RA_REC[size]
-    settings_of = recipe(kind).Config
-    known = {f.name for f in dataclasses.fields(settings_of)}
+    known = {name: {f.name for f in dataclasses.fields(recipe(name).Config)} for name in RECIPES}
     for name, value in (changes or {}).items():
         section, _, key = name.partition(".")
         if section not in values or not key:
             raise ValueError(f"--set {name}: model.NAME=VALUE or training.NAME=VALUE is needed")
-        if kind == "karma" or section == "training" or key in known:
+        if section == "training" or key in known[kind] or not any(key in names for names in known.values()):
             values[section][key] = value
-    return RunConfig(data_config, settings_of.from_dict(values["model"]), training_settings(values["training"]))
+    return RunConfig(data_config, recipe(kind).Config.from_dict(values["model"]), training_settings(values["training"]))
 
 
 def facts_of(config: RunConfig) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
             raise ValueError(f"--set {name}: model.NAME=VALUE or training.NAME=VALUE is needed")
         if section == "training" or key in known[kind] or not any(key in names for names in known.values()):
             values[section][key] = value
-    return RunConfig(data_config, recipe(kind).Config.from_dict(values["model"]), training_settings(values["training"]))
+    model = recipe(kind).Config.from_dict(values["model"])
+    return RunConfig(data_config, model, training_settings(values["training"]))
 
 
 def facts_of(config: RunConfig) -> dict[str, Any]:

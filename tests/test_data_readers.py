@@ -73,6 +73,13 @@ BAD = [
     ("a.csv", 'user,item,time\nu,"a\nb",1\nu,b,x\n', "a.csv, line 4, column time: got 'x'"),
     ("a.csv", 'user,item,time\nu,"a,1\nu,b,x\n', "a.csv, line 2: .*close the quotes"),
     ("a.csv", "user,item,time\nu,a,1\nu,\n,1\n", "a.csv, line 3: 2 cells"),
+    ("a.csv", 'user,item,time,note\nu,a,1,12" pan\nu,b,2,ok\nu,c,3,9" pan\n',
+     "a.csv, line 2: a quote inside a cell that is not quoted; quote the cell and double the quotes in it"),
+    ("a.csv", 'user,item,time,note\nu,a,1,"x\n\n"\nu,b,2, "ok"\n', "a.csv, line 5: a quote inside a cell that is not"),
+    ("a.csv", 'user,item,time\nu,a\nu,b"c,2\n', "a.csv, line 2: 2 cells"),
+    ("a.csv", 'user,item,time\nu,"a\nb" c,1\n', "a.csv, line 2: text follows the closing quote of a cell; close the"),
+    ("a.csv", 'user,item,"time\nu,a,1\n', "a.csv, line 1: the quotes of a cell are never closed; close the quotes"),
+    ("a.csv", "user,item,time\ru,a,1\ru,a,2\r", "a.csv, line 1: the lines end in CR alone; save the file with"),
     ("a.csv", b"user,item,time\nu,a,1\nu,caf\xe9,2\n", "a.csv, line 3: the byte 0xe9 is not UTF-8; save"),
     ("a.csv", b"us\xe9r,item,time\nu,a,1\n", "a.csv, line 1: the byte 0xe9 is not UTF-8"),
     ("a.csv", "", "a.csv: the file is empty"),
@@ -83,6 +90,8 @@ BAD = [
     ("a.csv", "user;item;time\nu;a;1\n", "line 1: the columns seem to be separated by ';'"),
     ("a.csv", "user,item,item,time\nu,a,b,1\n", "line 1, column item: the header names it twice"),
     ("a.tsv", "user\titem\ttime\nu\ta\t1\nu\ta\n", "a.tsv, line 3: 2 cells"),
+    ("a.tsv", 'user\titem\ttime\nu\t"a\tb"\t1\n', "a.tsv, line 2: 4 cells.*remove tabs and line breaks from cells "
+     r"\(tab-separated files have no quoting\), or save it as .csv"),
     ("a.inter", "user_id\titem_id:token\nu\ta\n", "line 1, column user_id: needs a type, as in"),
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"item":\n',
      "a.jsonl, line 4: .*each line must be one JSON"),
@@ -298,6 +307,21 @@ def test_line_numbers_do_not_depend_on_the_block(tmp_path, monkeypatch, block):
     path = write(tmp_path / "b.jsonl", '\n{"user":1,"item":2,"ts":3}\n\n' * 9 + '{"user":1,"item":2,"ts":"x"}')
     with pytest.raises(DataError, match="line 28, column ts: got 'x'"):
         load_dataset(DataConfig(interactions=path))
+
+
+def test_long_cells_blank_first_lines_and_quotes_at_the_edge_of_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines_module, "BLOCK", 1000)
+    text = '\r\n\nuser,"item",time,note\r\nu,"a ""b""",1,"LONG\n"\r\n\r\nu,b,2,"""\n,"\r\nu,c,3,""\n'
+    path = write(tmp_path / "a.csv", text.replace("LONG", "x" * 140_000))
+    assert load_dataset(DataConfig(interactions=path)).items.ids.tolist() == ['a "b"', "b", "c"]
+    write(tmp_path / "a.csv", (tmp_path / "a.csv").read_bytes() + b"u,d,x,\n")
+    with pytest.raises(DataError, match="line 10, column time: got 'x'"):
+        load_dataset(DataConfig(interactions=path))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(DataError, match="a folder, not a file; give one file as data.interactions"):
+        load_dataset(DataConfig(interactions=str(tmp_path)))
 
 
 def test_unknown_id_names_near_ones(tmp_path):

@@ -52,6 +52,8 @@ class Table:
 def open_table(path: str | Path, setting: str) -> Table:
     """Path -> Table; ``setting`` names the setting that holds the path. DataError where the file cannot be used."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path}: a folder, not a file; give one file as {setting}, its parts written into one")
     if not path.is_file():
         raise DataError(f"{path}: no such file; give an existing one as {setting}")
     if path.stat().st_size == 0:
@@ -74,11 +76,15 @@ def open_table(path: str | Path, setting: str) -> Table:
 
 def _open_delimited(path: Path, separator: str, typed: bool) -> Table:
     quote = '"' if separator == "," else None
+    with open(path, "rb") as file:
+        head, _, rest = file.readline(1 << 20).partition(b"\r")
+    if rest.strip() and not (quote and head.count(b'"') % 2):
+        raise DataError(f"{path}, line 1: the lines end in CR alone; save the file with line ends LF or CRLF")
     try:
         frame = pl.scan_csv(path, separator=separator, quote_char=quote, infer_schema=False, row_index_name=ROW)
         heads = frame.collect_schema().names()[1:]
     except (pl.exceptions.PolarsError, OSError) as error:
-        scan_delimited(path, separator, 1, False)  # names the line if the encoding is wrong
+        scan_delimited(path, separator, None, quote is not None)  # names the line if encoding or quotes are wrong
         raise DataError(f"{path}: cannot be read ({_first_line(error)}); the first line must name the "
                         "columns") from None
     doubled = [h.removesuffix("_duplicated_0") for h in heads if h.endswith("_duplicated_0")]

@@ -11,6 +11,7 @@ import pytest
 from karma_fast.config import DataConfig
 from karma_fast.data import DataError, load_dataset
 from karma_fast.data import lines as lines_module
+from karma_fast.data.tables import collect, open_table
 
 ROWS = [("u1", "b", 30), ("u1", "a", 10), ("u1", "c", 20), ("u2", "c", 5), ("u2", "a", 7), ("u2", "b", 6)]
 ITEMS = [("a", "Alpha", "Red"), ("b", "Beta", None), ("c", "Gamma", "Blue sky")]
@@ -99,6 +100,7 @@ BAD = [
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n\n  \n{"user":1,"ts":3}\n', "a.jsonl, line 4, column item: blank"),
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n{"user":1,"item":2,"ts":NaN}\n', "a.jsonl, line 2: NaN is not JSON"),
     ("a.jsonl", b'{"user":1,"item":2,"ts":3}\n{"user":1,"item":"\xff","ts":4}\n', "a.jsonl, line 2: the byte 0xff"),
+    ("a.jsonl", b'\xef\xbb\xbf{"user":1,"item":2,"ts":3}\n', "a.jsonl, line 1: begins with a byte order mark"),
     ("a.parquet", "not parquet", "a.parquet: not a Parquet file"),
     ("a.xlsx", "x", "a.xlsx: files ending in .xlsx are not read; allowed: .csv"),
 ]
@@ -131,6 +133,38 @@ def test_bad_items_are_refused(tmp_path, text, settings, message):
     items = write(tmp_path / "items.csv", text)
     with pytest.raises(DataError, match=message):
         load_dataset(DataConfig(interactions=clicks, items=items, min_user_events=1, **settings))
+
+
+LATE = '{"id":"a","title":"A"}\n' + "".join(f'{{"id":"i{k}","v":[1.0]}}\n' for k in range(1499))
+BAD_JSON_ITEMS = [
+    (b'\xef\xbb\xbf{"id":"a"}\n', "items.jsonl, line 1: begins with a byte order mark.*; save the file as"),
+    (LATE + '{"id":\n', "items.jsonl, line 1501: .*each line must be one JSON object"),
+    (LATE + "[1]\n", "items.jsonl, line 1501: list, not an object"),
+    (LATE + '{"id":"b","v":[NaN, 1.0]}\n', "items.jsonl, line 1501: NaN is not JSON, null is"),
+    (LATE + '{"id":"b","v":{"x":1}}\n', "items.jsonl, column v: a list in line 2 and an object in line 1501; make"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_JSON_ITEMS)
+def test_bad_items_in_jsonl_are_refused(tmp_path, text, message):
+    clicks = write(tmp_path / "clicks.csv", "user,item,time\nu,a,1\nu,b,2\n")
+    items = write(tmp_path / "items.jsonl", text)
+    with pytest.raises(DataError, match=message):
+        load_dataset(DataConfig(interactions=clicks, items=items, min_user_events=1))
+
+
+@pytest.mark.parametrize("odd", ["", '\n{"user":"u","item":1,"odd":{"a":1}}'])  # an object beside lists
+def test_keys_that_come_late_in_jsonl(tmp_path, odd):
+    rows = [{"user": f"u{k // 4}", "item": k % 7} for k in range(1200)]
+    rows += [{"user": "late", "item": k, "query": "red shoe", "odd": [1]} for k in range(3)]
+    items = [{"id": k} for k in range(1200)] + [{"id": 1200, "title": "Alpha"}]
+    clicks = write(tmp_path / "clicks.jsonl", "\n".join(map(json.dumps, rows)) + odd)
+    items = write(tmp_path / "items.jsonl", "\n".join(map(json.dumps, items)))
+    data = load_dataset(DataConfig(interactions=clicks, items=items))
+    assert data.sequences.query_texts == ["red shoe"] and data.items.titles[-1] == "Alpha"
+    write(tmp_path / "clicks.jsonl", "\n".join(map(json.dumps, [*rows, rows[0] | {"clicked": 0}])) + odd)
+    with pytest.raises(DataError, match="line 1, column clicked: blank, 0, 1, true or false is needed"):
+        load_dataset(DataConfig(interactions=clicks))
 
 
 def load_vectors(tmp_path, vectors, **settings):
@@ -317,6 +351,13 @@ def test_long_cells_blank_first_lines_and_quotes_at_the_edge_of_a_block(tmp_path
     write(tmp_path / "a.csv", (tmp_path / "a.csv").read_bytes() + b"u,d,x,\n")
     with pytest.raises(DataError, match="line 10, column time: got 'x'"):
         load_dataset(DataConfig(interactions=path))
+
+
+def test_rows_that_the_parser_leaves_out_are_noticed(tmp_path):
+    table = open_table(write(tmp_path / "a.csv", "user,item\nu,a\n\nu,b\n"), "data.interactions")
+    assert collect(table, table.frame).height == 2
+    with pytest.raises(DataError, match="a.csv: 1 rows were read, but the file has 2; write it again"):
+        collect(table, table.frame.head(1))
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -11,7 +11,7 @@ import polars as pl
 
 from .readers import NAMES, as_text, find_column
 from .schema import DataError, Items
-from .tables import ROW, Table, collect, open_table
+from .tables import ROW, Table, collect, open_table, schema_of
 
 if TYPE_CHECKING:
     from karma_fast.config import DataConfig
@@ -33,7 +33,7 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, li
     if setting is None and config.item_column in table.columns:
         setting = config.item_column
     id_column = find_column(table, "item_id", setting)
-    schema = table.frame.collect_schema()
+    schema = schema_of(table)
     vectors = {"data.image_column": config.image_column, "data.id_vector_column": config.id_vector_column}
     for option, name in vectors.items():
         if name is not None and not name.endswith(".npy") and name not in table.columns:

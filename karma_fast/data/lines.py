@@ -17,6 +17,8 @@ import numpy as np
 from .schema import DataError
 
 BLOCK = 16 << 20
+JSON_KINDS = {type(None): "nothing", bool: "true or false", int: "a number", float: "a number", str: "text",
+              list: "a list", dict: "an object"}
 
 
 @dataclass
@@ -154,20 +156,30 @@ def scan_json(path: Path) -> Lines:
     return Lines(1, rows - len(lines), shift_rows=lines - skipped, shift_lines=skipped)
 
 
-def find_bad_json(path: Path) -> DataError | None:
-    """The first line that is no JSON object, by a slow pass that runs only after the parser has failed."""
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is not JSON")
+def read_keys(path: Path) -> dict[str, str]:
+    """The keys of all lines, by a slow pass that runs only after the parser has failed.
 
-    with open(path, encoding="utf-8-sig") as file:
+    key -> what its values are, where a parser can find no type for all of them, else ``""``. DataError names the
+    first line that is no JSON object.
+    """
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not JSON, null is")
+
+    kinds: dict[str, dict[str, int]] = {}  # key -> kind -> its first line
+    with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line, parse_constant=refuse)
             except ValueError as error:
-                return DataError(f"{path}, line {number}: {error}; each line must be one JSON object")
+                raise DataError(f"{path}, line {number}: {error}; each line must be one JSON object") from None
             if not isinstance(value, dict):
-                return DataError(f"{path}, line {number}: {type(value).__name__}, not an object; each line must be "
-                                 'one JSON object such as {"user": "7", "item": "42", "timestamp": 1}')
-    return None
+                raise DataError(f"{path}, line {number}: {type(value).__name__}, not an object; each line must be "
+                                'one JSON object such as {"user": "7", "item": "42", "timestamp": 1}')
+            for key, cell in value.items():
+                kinds.setdefault(key, {}).setdefault(JSON_KINDS[type(cell)], number)
+    for seen in kinds.values():
+        seen.pop("nothing", None)
+    return {key: "" if len(seen) < 2 or "text" in seen else  # what differs is read as text where one is text
+            " and ".join(f"{kind} in line {number}" for kind, number in seen.items()) for key, seen in kinds.items()}

@@ -6,14 +6,12 @@ files are UTF-8 with one header line; a ``.jsonl`` file has one JSON object a li
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import polars as pl
 
-from .lines import Lines, find_bad_json, scan_delimited, scan_json
+from .lines import Lines, read_keys, scan_delimited, scan_json
 from .schema import DataError
 
 ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
@@ -111,26 +109,46 @@ def _open_delimited(path: Path, separator: str, typed: bool) -> Table:
 
 def _open_json(path: Path) -> Table:
     lines = scan_json(path)
-    columns: dict[str, None] = {}
-    with open(path, encoding="utf-8-sig") as file:
-        for line in islice((line for line in file if line.strip()), 1000):
-            try:
-                columns.update(dict.fromkeys(json.loads(line).keys()))
-            except (ValueError, AttributeError):
-                raise find_bad_json(path) from None
+    frame = pl.scan_ndjson(path, infer_schema_length=None, row_index_name=ROW)
+    try:  # from all lines, as a key may come late
+        schema = pl.scan_ndjson(path, infer_schema_length=None).collect_schema()
+        columns, frame = schema.names(), pl.scan_ndjson(path, schema=schema, row_index_name=ROW)
+    except (pl.exceptions.PolarsError, OSError):  # interactions are read all the same, as text
+        columns = list(read_keys(path))
     if not columns:
         raise DataError(f"{path}: no JSON object in the file; each line must be one")
-    return Table(path, pl.scan_ndjson(path, infer_schema_length=None, row_index_name=ROW), list(columns), {}, lines)
+    return Table(path, frame, columns, {}, lines)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def collect(table: Table, frame: pl.LazyFrame) -> pl.DataFrame:
-    """Runs a lazy frame of the table; parser errors become a DataError, with the line where it can be found."""
+def schema_of(table: Table) -> pl.Schema:
+    """The types of the table's columns; where the parser finds none, a DataError as `collect` raises it."""
     try:
-        return frame.collect(engine="streaming")
+        return table.frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
-        bad = find_bad_json(table.path) if table.path.suffix.lower() in JSON_SUFFIXES else None
-        raise bad or DataError(f"{table.path}: cannot be read ({_first_line(error)}); write the file again") from None
+        raise _refused(table, error) from None
+
+
+def collect(table: Table, frame: pl.LazyFrame) -> pl.DataFrame:
+    """Runs a lazy frame with all rows of the table; parser errors become a DataError, with the line where it can be
+    found, and so does a number of rows other than the file's."""
+    try:
+        found = frame.collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise _refused(table, error) from None
+    if table.lines is not None and found.height != table.lines.rows:
+        raise DataError(f"{table.path}: {found.height} rows were read, but the file has {table.lines.rows}; write it "
+                        "again, as Parquet for example")
+    return found
+
+
+def _refused(table: Table, error: Exception) -> DataError:
+    if table.path.suffix.lower() in JSON_SUFFIXES:
+        for column, kinds in read_keys(table.path).items():
+            if kinds:
+                return DataError(f"{table.path}, column {column}: {kinds}; make all values of one kind, or leave "
+                                 "the column out")
+    return DataError(f"{table.path}: cannot be read ({_first_line(error)}); write the file again")

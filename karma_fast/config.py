@@ -42,13 +42,17 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
         absent = value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
         if absent and type(None) in args:
             return None
-        rest = [a for a in args if a is not type(None)]
-        for candidate in rest:
+        problems = []
+        for candidate in (a for a in args if a is not type(None)):
             try:
                 return convert(name, value, candidate)
-            except ConfigError:
-                if candidate is rest[-1]:
-                    raise
+            except ConfigError as error:
+                problems.append(error)
+        raise problems[0]
+    if args == (False,):  # beside a column's name
+        if str(value).lower() == "false":
+            return False
+        raise ConfigError(f"{name}: got {value!r}; text or false is needed")
     if origin is Literal:
         if value in args:
             return value
@@ -229,9 +233,9 @@ class DataConfig(Section):
     name: str = ""
     user_column: str | None = None
     item_column: str | None = None
-    time_column: str | None = None
-    query_column: str | None = None
-    clicked_column: str | None = None
+    time_column: Literal[False] | str | None = None  # False: none, though a column has such a name
+    query_column: Literal[False] | str | None = None
+    clicked_column: Literal[False] | str | None = None
     item_id_column: str | None = None
     text_columns: list[str] | None = None
     image_column: str | None = None

@@ -43,7 +43,7 @@ def test_queries_enter_the_prompt_and_are_refused_at_inner_positions(tiny_config
     sequences = dataclasses.replace(tiny_data.sequences, query_texts=["red rocket", "a knife"],
                                     queries=np.arange(len(tiny_data.sequences.items), dtype=np.int32) % 3 - 1)
     model = build(tiny_config, tiny_data, tmp_path, positions="last").eval()
-    with pytest.raises(ConfigError, match="positions last"):
+    with pytest.raises(ConfigError, match="positions last, or data.query_column false"):
         KarmaCollator(KarmaConfig(positions="all"), model.prompts, sequences, None)
     batch = batch_of(model, tiny_data, 3, sequences)
     (chunk,) = batch.prompts

@@ -101,6 +101,12 @@ BAD = [
     ("a.jsonl", '{"user":1,"item":2,"ts":3}\n{"user":1,"item":2,"ts":NaN}\n', "a.jsonl, line 2: NaN is not JSON"),
     ("a.jsonl", b'{"user":1,"item":2,"ts":3}\n{"user":1,"item":"\xff","ts":4}\n', "a.jsonl, line 2: the byte 0xff"),
     ("a.jsonl", b'\xef\xbb\xbf{"user":1,"item":2,"ts":3}\n', "a.jsonl, line 1: begins with a byte order mark"),
+    ("a.jsonl", '{"user":1,"item":"[2","ts":3}\n\n{"user":1,"item":[2],"ts":3}\n',
+     r"a.jsonl, line 3, column item: got \[2\], a list or an object; .*, or set data.item_column to another one"),
+    ("a.jsonl", '{"user":{"id":1},"item":2,"ts":3}\n' * 2,
+     'line 1, column user: got {"id": 1}, a list or an object; .*set data.user_column.*2 such rows'),
+    ("a.jsonl", '{"user":1,"item":2,"query":["x", "y"]}\n',
+     r'column query: got \["x", "y"\], a list .*set data.query_column to another one or to false'),
     ("a.parquet", "not parquet", "a.parquet: not a Parquet file"),
     ("a.xlsx", "x", "a.xlsx: files ending in .xlsx are not read; allowed: .csv"),
 ]
@@ -142,6 +148,9 @@ BAD_JSON_ITEMS = [
     (LATE + "[1]\n", "items.jsonl, line 1501: list, not an object"),
     (LATE + '{"id":"b","v":[NaN, 1.0]}\n', "items.jsonl, line 1501: NaN is not JSON, null is"),
     (LATE + '{"id":"b","v":{"x":1}}\n', "items.jsonl, column v: a list in line 2 and an object in line 1501; make"),
+    ('{"id":["a"]}\n{"id":["b"]}\n', "items.jsonl, column id: holds List.*; text and numbers are allowed for the "
+     "item id column; convert it, or set data.item_id_column to another one$"),
+    ('{"id":"[a"}\n{"id":["b"]}\n', r'items.jsonl, line 2, column id: got \["b"\], a list or an object'),
 ]
 
 
@@ -292,6 +301,34 @@ def test_ids_are_text_whatever_their_type(tmp_path):
     data = load_dataset(DataConfig(interactions=str(clicks), items=items))
     assert data.sequences.user_ids.tolist() == ["1"] and data.sequences.items.tolist() == [0, 1, 0]
     assert data.sequences.times.tolist() == [1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(("column", "value", "setting"), [
+    ("item", [1], "data.item_column to another one$"), ("user", {"a": 1}, "data.user_column to another one$"),
+    ("query", ["x"], "data.query_column to another one or to false"),
+    ("clicked", [1], "data.clicked_column to another one or to false"),
+])
+def test_lists_are_no_ids_queries_or_clicks(tmp_path, column, value, setting):
+    row = {"user": 1, "item": 1, "query": "x", "clicked": 1} | {column: value}
+    pl.DataFrame([row] * 4).write_parquet(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=f"c.parquet, column {column}: holds .*text and numbers are allowed for the "
+                                        f"{column} column; convert it, or set {setting}"):
+        load_dataset(DataConfig(interactions=str(tmp_path / "c.parquet")))
+
+
+def test_a_column_that_is_recognised_can_be_switched_off(tmp_path):
+    path = write(tmp_path / "a.csv", "user,item,date,query,clicked\nu,c,5/1/24,x,2\nu,b,4/1/24,,0\nu,a,3/1/24,,5\n")
+    with pytest.raises(DataError, match="date: got '5/1/24', .*set data.time_column to another one or to false"):
+        load_dataset(DataConfig(interactions=path))
+    with pytest.raises(DataError, match="clicked: got '2', .*set data.clicked_column to another one or to false"):
+        load_dataset(DataConfig(interactions=path, time_column=False))
+    config = DataConfig.from_dict(dict.fromkeys(("time_column", "query_column", "clicked_column"), "false")
+                                  | {"interactions": path})
+    data = load_dataset(config).sequences
+    assert data.items.tolist() == [2, 1, 0] and data.times is data.queries is data.negatives is None
+    write(tmp_path / "a.csv", "user,item,keywords,keyword\n" + "u,a,x,y\n" * 3)
+    with pytest.raises(DataError, match="could both be .*; set data.query_column to the right one or to false"):
+        load_dataset(DataConfig(interactions=path))
 
 
 @pytest.mark.parametrize(("column", "ids"), [("user_id", [1.0, 1.0]), ("item_id", [7.0, 8.5])])

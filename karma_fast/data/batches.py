@@ -240,7 +240,7 @@ class KarmaCollator:
                  first_rows: np.ndarray | None = None) -> None:
         if config.positions == "all" and sequences.queries is not None:
             raise ConfigError("model.positions: got all, but the data has queries, and an inner position would read "
-                              "the query of a later request; set model.positions last")
+                              "the query of a later request; set model.positions last, or data.query_column false")
         self.config, self.prompts, self.sequences, self.log_q = config, prompts, sequences, log_q
         self.max_hard_negatives, self.seed, self.chunk_size = max_hard_negatives, seed, chunk_size
         self.first_rows = first_rows

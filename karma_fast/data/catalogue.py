@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from .readers import NAMES, as_text, find_column
+from .readers import NAMES, as_text, check_kind, find_column, find_nested
 from .schema import DataError, Items
 from .tables import ROW, Table, collect, open_table, schema_of
 
@@ -34,6 +34,7 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, li
         setting = config.item_column
     id_column = find_column(table, "item_id", setting)
     schema = schema_of(table)
+    check_kind(table, "item_id", id_column, schema[id_column])
     vectors = {"data.image_column": config.image_column, "data.id_vector_column": config.id_vector_column}
     for option, name in vectors.items():
         if name is not None and not name.endswith(".npy") and name not in table.columns:
@@ -49,6 +50,7 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, li
         row = frame[ROW].filter(ids.is_null())[0]
         problems.append(DataError(f"{table.place(row, id_column)}: blank, an id is needed; fill it in or remove the "
                                   f"row{table.rows_note(ids.null_count())}"))
+    find_nested(table, "item_id", id_column, frame[ROW], ids, problems)
     twice = frame.filter(ids.is_not_null() & ~ids.is_first_distinct())
     if twice.height:
         name, row = twice[id_column][0], twice[ROW][0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
 
 from .schema import DataError
-from .tables import JSON_SUFFIXES, ROW, Table, collect, open_table
+from .tables import JSON_SUFFIXES, ROW, Table, collect, nested_cells, open_table
 
 if TYPE_CHECKING:
     from karma_fast.config import DataConfig
@@ -25,12 +25,21 @@ NAMES = {
     "item_id": "itemid item iid id itemidx parentasin asin movieid productid articleid bookid trackid newsid",
     "title": "title itemtitle movietitle producttitle booktitle name itemname productname",
 }
+OPTIONAL = ("time", "query", "clicked")  # what a file may lack, and false switches off
 SETTINGS = {"user": "user_column", "item": "item_column", "time": "time_column", "query": "query_column",
             "clicked": "clicked_column", "item_id": "item_id_column"}
 
 
-def find_column(table: Table, role: str, setting: str | None, required: bool = True) -> str | None:
-    """The column of a role: the one that ``setting`` names, else the one whose name is known for the role."""
+def other_column(role: str) -> str:
+    """What to do about a column that does not suit its role."""
+    return f"set data.{SETTINGS[role]} to another one" + (" or to false" if role in OPTIONAL else "")
+
+
+def find_column(table: Table, role: str, setting: str | Literal[False] | None) -> str | None:
+    """The column of a role: the one that ``setting`` names, else the one whose name is known for the role; None if
+    there is none or ``setting`` is False. DataError where a column that is needed is not found."""
+    if setting is False:
+        return None
     option = f"data.{SETTINGS[role]}"
     found = f"found: {', '.join(table.columns)}"
     if setting is not None:
@@ -45,8 +54,8 @@ def find_column(table: Table, role: str, setting: str | None, required: bool = T
         return matches[0]
     if matches:
         raise DataError(f"{table.path}: columns {' and '.join(matches)} could both be the {role} column; set {option} "
-                        "to the right one")
-    if required:
+                        "to the right one" + (" or to false" if role in OPTIONAL else ""))
+    if role not in OPTIONAL:
         raise DataError(f"{table.path}: no {role.replace('_', ' ')} column ({found}); set {option} to one of them")
     return None
 
@@ -86,7 +95,7 @@ def read_interactions(config: DataConfig, problems: list[DataError]) -> Interact
     missing = []
     for role in ("user", "item", "time", "query", "clicked"):
         try:
-            name = find_column(table, role, getattr(config, SETTINGS[role]), required=role in ("user", "item"))
+            name = find_column(table, role, getattr(config, SETTINGS[role]))
             columns.update({role: name} if name else {})
         except DataError as error:
             missing.append(error)
@@ -99,7 +108,9 @@ def read_interactions(config: DataConfig, problems: list[DataError]) -> Interact
     time = kinds.get(columns.get("time"), pl.Null)
     if not (time.is_numeric() or time in (pl.String, pl.Null, pl.Date, pl.Datetime)):
         raise DataError(f"{table.path}, column {columns['time']}: holds {time}, not times; numbers, dates and "
-                        "datetimes are allowed; convert the column or set data.time_column")
+                        f"datetimes are allowed; convert the column, or {other_column('time')}")
+    for role, name in columns.items():
+        check_kind(table, role, name, kinds[name])
     casts = [_cast(role, name, kinds[name]).alias(role) for role, name in columns.items()]
     frame = collect(table, table.frame.select(ROW, *casts))
     if frame.is_empty():
@@ -110,6 +121,25 @@ def read_interactions(config: DataConfig, problems: list[DataError]) -> Interact
     result = Interactions(table, frame, columns)
     _check_cells(result, config, problems)
     return result
+
+
+def check_kind(table: Table, role: str, name: str, kind: pl.DataType) -> None:
+    """DataError where a column holds lists or objects, which its role cannot use."""
+    if kind.is_nested():
+        raise DataError(f"{table.path}, column {name}: holds {kind}; text and numbers are allowed for the "
+                        f"{role.replace('_', ' ')} column; convert it, or {other_column(role)}")
+
+
+def find_nested(table: Table, role: str, name: str, rows: pl.Series, cells: pl.Series,
+                problems: list[DataError]) -> pl.Series:
+    """Which cells are lists or objects, as `nested_cells` tells; adds the first one to ``problems``."""
+    nested = nested_cells(table, rows, cells, name)
+    if nested.any():
+        first = nested.arg_true()[0]
+        problems.append(DataError(f"{table.place(rows[first], name)}: got {cells[first]}, a list or an object; text "
+                                  f"or a number is needed; convert the column, or {other_column(role)}"
+                                  f"{table.rows_note(int(nested.sum()))}"))
+    return nested
 
 
 def _cast(role: str, name: str, kind: pl.DataType) -> pl.Expr:
@@ -135,8 +165,8 @@ def _check_cells(data: Interactions, config: DataConfig, problems: list[DataErro
     frame, table = data.frame, data.table
     advice = {"user": "an id is needed; fill it in or remove the row",
               "item": "an id is needed; fill it in or remove the row",
-              "time": "a finite number is needed (seconds, say); convert the column or set data.time_column",
-              "clicked": "0, 1, true or false is needed; convert the column or set data.clicked_column"}
+              "time": f"a finite number is needed (seconds, say); convert the column, or {other_column('time')}",
+              "clicked": f"0, 1, true or false is needed; convert the column, or {other_column('clicked')}"}
     good = pl.repeat(True, frame.height, dtype=pl.Boolean, eager=True)
     for role in [role for role in data.columns if role in advice]:
         name = data.columns[role]
@@ -155,6 +185,8 @@ def _check_cells(data: Interactions, config: DataConfig, problems: list[DataErro
         shown = "blank" if value is None or str(value).strip() == "" else f"got {value!r}"
         problems.append(DataError(f"{table.place(bad[0], name)}: {shown}, {advice[role]}{table.rows_note(len(bad))}"))
         good &= fits
+    for role in [role for role in ("user", "item", "query") if role in data.columns]:
+        good &= ~find_nested(table, role, data.columns[role], frame[ROW], frame[role], problems)
     data.frame = frame.filter(good)
 
 

@@ -6,6 +6,7 @@ files are UTF-8 with one header line; a ``.jsonl`` file has one JSON object a li
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +144,24 @@ def collect(table: Table, frame: pl.LazyFrame) -> pl.DataFrame:
         raise DataError(f"{table.path}: {found.height} rows were read, but the file has {table.lines.rows}; write it "
                         "again, as Parquet for example")
     return found
+
+
+def nested_cells(table: Table, rows: pl.Series, cells: pl.Series, column: str) -> pl.Series:
+    """Which cells of a column read as text are lists or objects in JSONL: Boolean, one for each of ``rows``.
+
+    The parser writes them as JSON text; only lines whose text begins like it are looked at again.
+    """
+    if table.path.suffix.lower() not in JSON_SUFFIXES:
+        return pl.repeat(False, len(cells), dtype=pl.Boolean, eager=True)
+    texts = cells.cast(pl.Categorical).cat
+    like = (texts.starts_with("[") | texts.starts_with("{")).fill_null(False)
+    if not like.any():
+        return like
+    lines = {table.lines.line(row): row for row in rows.filter(like)}
+    with open(table.path, "rb") as file:
+        nested = [lines[number] for number, line in enumerate(file, start=1)
+                  if number in lines and isinstance(json.loads(line)[column], (list, dict))]
+    return rows.is_in(pl.Series(nested, dtype=rows.dtype).implode())
 
 
 def _refused(table: Table, error: Exception) -> DataError:

@@ -191,6 +191,17 @@ def test_vectors_from_a_column(tmp_path):
     assert items.texts == ["a", "b", "c"]
 
 
+def test_vectors_of_nulls_or_nan_are_missing(tmp_path):
+    items = load_vectors(tmp_path, [[None], [1, 2.5], [None, None]])
+    np.testing.assert_array_equal(items.image_vectors, [[np.nan, np.nan], [1, 2.5], [np.nan, np.nan]])
+    vectors = pl.Series([[np.nan, np.nan], [3.0, 4.0], [np.nan, None]], dtype=pl.Array(pl.Float32, 2))
+    pl.DataFrame({"id": ["a", "b", "c"], "vec": vectors}).write_parquet(tmp_path / "items.parquet")
+    config = DataConfig(str(tmp_path / "clicks.csv"), str(tmp_path / "items.parquet"), min_user_events=1,
+                        id_vector_column="vec")
+    missing = [np.nan, np.nan]
+    np.testing.assert_array_equal(load_dataset(config).items.id_vectors, [missing, [3, 4], missing])
+
+
 def test_vectors_from_a_float_seq_column(tmp_path):
     clicks = write(tmp_path / "c.inter", "user_id:token\titem_id:token\nu\ta\nu\tb\nu\ta\n")
     items = write(tmp_path / "c.item", "item_id:token\tv:float_seq\na\t1 2\nb\t\n")
@@ -201,6 +212,7 @@ def test_vectors_from_a_float_seq_column(tmp_path):
 @pytest.mark.parametrize(("vectors", "message"), [
     ([[1, 2], [1, 2, 3], None], "items.jsonl, line 2, column vec: 3 numbers, the vectors before have 2"),
     ([[1, 2], [1, None], None], "items.jsonl, line 2, column vec: the vector holds a value that is not finite"),
+    ([[1, 2], ["x", "y"], None], "items.jsonl, line 2, column vec: the vector holds a value that is not finite"),
     ([[1, 2], [1, 1e99], None], "items.jsonl, line 2, column vec: the vector holds a value that is not finite"),
     ([None, None, None], "column vec: holds Null, not vectors"),
     ([None, None, []], "column vec: no item has a vector; unset data.image_column"),
@@ -229,6 +241,10 @@ def test_title_comes_first_and_numbers_are_no_text(tmp_path):
     assert load_dataset(config).items.texts == ['Big "A" | Acme, Inc', "1984"]
     config.text_columns = ["price", "brand"]
     assert load_dataset(config).items.texts == ["9.99 | Acme, Inc", "3"]
+    assert load_dataset(config).items.titles == ["9.99", "3"]
+    config.text_columns = ["brand", "Name"]  # the order is that of the text, the title the one that is named so
+    assert load_dataset(config).items.texts == ['Acme, Inc | Big "A"', "1984"]
+    assert load_dataset(config).items.titles == ['Big "A"', "1984"]
 
 
 @pytest.mark.parametrize(("title", "expected"), [
@@ -301,6 +317,23 @@ def test_ids_are_text_whatever_their_type(tmp_path):
     data = load_dataset(DataConfig(interactions=str(clicks), items=items))
     assert data.sequences.user_ids.tolist() == ["1"] and data.sequences.items.tolist() == [0, 1, 0]
     assert data.sequences.times.tolist() == [1.5, 2.5, 3.5]
+
+
+def test_decimal_ids_lose_the_zeros_of_their_scale(tmp_path):
+    clicks = tmp_path / "c.parquet"
+    ids = pl.Series(["1.00", "100.00", "7.50", "9007199254740993.00"]).cast(pl.Decimal(20, 2))
+    pl.DataFrame({"user_id": pl.Series([10] * 4).cast(pl.Decimal(20, 0)), "item_id": ids}).write_parquet(clicks)
+    items = write(tmp_path / "i.csv", "item_id,title\n1,A\n100,B\n7.5,C\n9007199254740993,D\n")
+    data = load_dataset(DataConfig(interactions=str(clicks), items=items))
+    assert data.sequences.user_ids.tolist() == ["10"] and data.sequences.items.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("clicked", "listed"), [("1.0", "1"), ("1", "1.0")])
+def test_text_ids_that_differ_by_a_zero(tmp_path, clicked, listed):
+    clicks = write(tmp_path / "c.csv", f"user,item\nu,{clicked}\n")
+    items = write(tmp_path / "i.csv", f"item,title\n{listed},A\n")
+    with pytest.raises(DataError, match=f"item '{clicked}' is not in .*; write it as there, '{listed}' \\(1 rows"):
+        load_dataset(DataConfig(interactions=clicks, items=items, min_user_events=1))
 
 
 @pytest.mark.parametrize(("column", "value", "setting"), [

@@ -23,8 +23,8 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, li
     The text of an item is its text columns joined by `` | ``, blanks left out: ``config.text_columns`` in that
     order, by default all text columns with the title first. Those are the columns of text or categories with at
     least one value that is no number (RecBole: the token and token_seq columns), and what is named like a title,
-    numbers too. Vectors are list columns of JSONL or Parquet, float_seq columns of RecBole files, or a ``.npy`` file
-    with a row for each item.
+    numbers too. The title is the one named like a title, else the first. Vectors are list columns of JSONL or
+    Parquet, float_seq columns of RecBole files, or a ``.npy`` file with a row for each item.
 
     What makes the file unreadable is raised; bad rows are added to ``problems``.
     """
@@ -65,13 +65,14 @@ def read_items(config: DataConfig, problems: list[DataError]) -> tuple[Items, li
         notes.append(f"{table.path}: not taken for text: {', '.join(left)}; data.text_columns chooses and orders the "
                      "columns with text")
     parts = [_clean(table, frame, name) for name in columns]
+    title = columns.index(_title(columns) or columns[0]) if columns else None
     texts = [""] * frame.height
     if parts:
         texts = pl.select(pl.concat_str([p.replace("", None) for p in parts], separator=" | ",
                                         ignore_nulls=True)).to_series().fill_null("").to_list()
     images, id_vectors = (_vectors(table, frame, option, name, problems) for option, name in vectors.items())
     items = Items(ids=ids.fill_null("").to_numpy().astype(object), texts=texts,
-                  titles=parts[0].to_list() if parts else [""] * frame.height,
+                  titles=parts[title].to_list() if parts else [""] * frame.height,
                   image_vectors=images, id_vectors=id_vectors)
     if problems and (ids.null_count() or twice.height):  # so that `check` can go on
         keep = np.flatnonzero((ids.is_not_null() & ids.is_first_distinct()).to_numpy())
@@ -90,14 +91,18 @@ def _text_columns(config: DataConfig, table: Table, frame: pl.DataFrame, id_colu
                                 "data.text_columns to some of them")
         return config.text_columns
     taken = {id_column, config.image_column, config.id_vector_column}
-    titles = NAMES["title"].split()
-    plain = {c: re.sub(r"[^a-z0-9]", "", c.lower()) for c in table.columns}
     found = [c for c in table.columns if c not in taken and (
-        not frame.schema[c].is_nested() if plain[c] in titles else
+        not frame.schema[c].is_nested() if _title([c]) else
         table.types[c].startswith("token") if table.types else _is_text(frame[c]))]
-    ranked = [c for c in found if plain[c] in titles]
-    title = min(ranked, key=lambda c: titles.index(plain[c]), default=None)
+    title = _title(found)
     return [title] * (title is not None) + [c for c in found if c != title]
+
+
+def _title(columns: list[str]) -> str | None:
+    """The column that is named most like a title, None where none is."""
+    titles = NAMES["title"].split()
+    plain = {c: re.sub(r"[^a-z0-9]", "", c.lower()) for c in columns}
+    return min((c for c in columns if plain[c] in titles), key=lambda c: titles.index(plain[c]), default=None)
 
 
 def _is_text(column: pl.Series) -> bool:
@@ -180,6 +185,9 @@ def _list_column(table: Table, frame: pl.DataFrame, option: str, name: str,
         problems.append(DataError(f"{table.path}, column {name}: holds {column.dtype}, not vectors; {option} needs a "
                                   "column with lists of numbers, or the path of a .npy file"))
         return None
+    element = pl.element().cast(pl.Float64, strict=False)
+    given = column.list.eval(pl.element().is_not_null() & element.is_not_nan().fill_null(True)).list.any()
+    column = pl.select(pl.when(given).then(column)).to_series()  # all null or NaN is no vector, of whatever width
     sizes = column.list.len().fill_null(0).to_numpy()
     width = int(sizes[sizes > 0][0]) if (sizes > 0).any() else 1
     wrong = np.flatnonzero((sizes != width) & (sizes > 0))

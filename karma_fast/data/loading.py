@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def load(config: DataConfig, problems: list[DataError]) -> Loaded:
         outside = np.flatnonzero(places < 0)
         unknown = len(outside)
         if unknown:
-            problems.append(_unknown_items(config, data, outside))
+            problems.append(_unknown_items(config, data, outside, items))
             keep = places >= 0
             data.frame, places = data.frame.filter(pl.Series(keep)), places[keep]
     totals = _totals(data.frame) | {"rows with unknown items": unknown}
@@ -137,12 +138,13 @@ def _sequences(config: DataConfig, data: Interactions, places: np.ndarray) -> tu
                            queries, query_texts, min_user_events=config.min_user_events, seed=config.seed)
 
 
-def _unknown_items(config: DataConfig, data: Interactions, outside: np.ndarray) -> DataError:
+def _unknown_items(config: DataConfig, data: Interactions, outside: np.ndarray, items: Items) -> DataError:
     lines = data.frame[ROW].gather(outside)
     ids = data.frame["item"].gather(outside).cast(pl.String)
     first = ids.is_first_distinct().arg_true()[:3]
     others = ", ".join(f"{ids[k]!r} ({data.table.place(lines[k]).rpartition(', ')[2]})" for k in first[1:])
+    same = {re.sub(r"\.0+$", "", ids[0]), ids[0] + ".0"}.intersection(items.ids)
+    advice = f"write it as there, {same.pop()!r}" if same else "add it there, or remove its rows"
     return DataError(f"{data.table.place(lines[0], data.columns['item'])}: item {ids[0]!r} is not in {config.items}; "
-                     f"add it there, or remove its rows ({len(outside)} rows name {ids.n_unique()} items that are not "
-                     "there"
+                     f"{advice} ({len(outside)} rows name {ids.n_unique()} items that are not there"
                      + (f", also {others})" if others else ")"))

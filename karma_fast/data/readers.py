@@ -61,13 +61,16 @@ def find_column(table: Table, role: str, setting: str | Literal[False] | None) -
 
 
 def as_text(column: str, kind: pl.DataType | None) -> pl.Expr:
-    """Cells as text without blanks around them; whole numbers stored as floats lose ``.0``; blank and NaN are null."""
+    """Cells as text without blanks around them; whole numbers stored as floats lose ``.0``, decimals the zeros that
+    their scale adds; blank and NaN are null."""
     value = pl.col(column)
     if kind is not None and kind.is_float():
         value = value.fill_nan(None)
         whole = value.cast(pl.Int64, strict=False)
         value = pl.when(whole == value).then(whole.cast(pl.String)).otherwise(value.cast(pl.String))
     text = value.cast(pl.String).str.strip_chars()
+    if kind is not None and kind.is_decimal() and kind.scale:
+        text = text.str.replace(r"\.?0+$", "")
     return pl.when(text != "").then(text).alias(column)
 
 

@@ -35,7 +35,7 @@ class Items:
     """The catalogue. Everything inside counts items by their place in it, 0..N-1.
 
     ids: (N,) object array of str, the ids of the files. texts: N one-line texts, ``""`` where missing.
-    titles: N first text fields, for display. image_vectors, id_vectors: (N, d) float32 with NaN rows where
+    titles: N titles or first text fields, for display. image_vectors, id_vectors: (N, d) float32 with NaN rows where
     an item has none, or None.
     """
 

@@ -12,6 +12,7 @@ karma_fast.config.ConfigError: model.embeding_dim: no such setting; did you mean
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -77,7 +78,8 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isnan(number):
-            raise ConfigError(f"{name}: got {value!r}; a number is needed")
+            shown = str(value) if isinstance(value, datetime.date) else repr(value)
+            raise ConfigError(f"{name}: got {shown}; a number is needed{_as_seconds(value)}")
         if annotation is int and not number.is_integer():  # nor is an infinity
             raise ConfigError(f"{name}: got {value!r}; a whole number is needed")
         # int(str) keeps large whole numbers exact, which a detour over float would not
@@ -88,6 +90,17 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
             return str(value)
         raise ConfigError(f"{name}: got {value!r}; text is needed")
     return value
+
+
+def _as_seconds(value: Any) -> str:
+    """A hint for a date, as YAML makes of 2024-09-01, or the text of one: its seconds since 1970."""
+    try:
+        time = datetime.datetime.fromisoformat(str(value))
+    except ValueError:
+        return ""
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=datetime.timezone.utc)
+    return f" (in seconds since 1970 {value} is {time.timestamp():.15g}, in UTC)"
 
 
 class Section:

@@ -576,6 +576,8 @@ def test_out_of_memory_says_what_to_lower(tmp_path, part, chunk_size, said):
     (["--model.positions", "first"], "model.positions: got 'first'; allowed: last, all"),
     (["--model.max_history", "inf"], "model.max_history: got 'inf'; a whole number is needed"),
     (["--model.max_history", "nan"], "model.max_history: got 'nan'; a number is needed"),
+    (["--valid_time", "2024-09-01"], "data.valid_time: got '2024-09-01'; a number is needed (in seconds since 1970 "
+     "2024-09-01 is 1725148800, in UTC)"),
     (["--model.lora_alpha", "nan"], "model.lora_alpha: got 'nan'; a number is needed"),
     (["--lr_scheduler_type", "cosin"], "training:"),
     (["--backbone", "/no/such/folder"], "model.backbone: '/no/such/folder' cannot be loaded"),
@@ -584,6 +586,20 @@ def test_wrong_settings_are_named(here, capsys, words, said):
     assert main(["train", "shop.yaml", "--output_dir", "runs/wrong", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("valid_time: 2024-09-01", "data.valid_time: got 2024-09-01; a number is needed (in seconds since 1970 2024-09-01 "
+     "is 1725148800, in UTC)"),
+    ("test_time: 2024-09-01 02:00:00.5+02:00", "2024-09-01 02:00:00.500000+02:00 is 1725148800.5, in UTC)"),
+    ("time_column: yes", "data.time_column: got True; text or false is needed"),
+])
+def test_dates_and_switches_in_yaml(tmp_path, line, said):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"data:\n  {line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path)
+    assert said in str(caught.value)
 
 
 def test_an_index_that_needs_faiss_is_refused_before_the_training(here, capsys, monkeypatch):

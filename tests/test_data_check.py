@@ -62,6 +62,8 @@ def test_all_problems_at_once(tmp_path):
 def test_unreadable_item_table_does_not_hide_the_rest(tmp_path):
     report = check(files(tmp_path, "user,item,ts\nu,a,soon\n", "key,title\na,A\n"))
     assert ["no item id column" in report.problems[0], "got 'soon'" in report.problems[1]] == [True, True]
+    assert not any("no item table" in note for note in report.notes)
+    assert not any("has a text" in warning for warning in report.warnings)
 
 
 @pytest.mark.parametrize(("settings", "problem", "warning"), [

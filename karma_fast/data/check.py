@@ -128,10 +128,10 @@ def _judge(loaded: Loaded, config: DataConfig, report: Report, problems: list[Da
             report.warnings.append(f"{role} {', '.join(blanks)}: reads like a missing id turned into text, as pandas' "
                                    "astype(str) does; if so, fill the ids in or remove the rows")
     without = items.texts.count("")
-    if config.items and without == len(items):
+    if loaded.with_table and without == len(items):
         report.warnings.append(f"{config.items}: no item has a text, so the text losses cannot be trained; name the "
                                "columns with text in data.text_columns")
-    elif config.items and without:
+    elif loaded.with_table and without:
         report.warnings.append(f"{without} items have no text, {items.ids[items.texts.index('')]!r} first; fill in "
                                "the item table, or expect weak results for them")
     if max(map(len, items.texts), default=0) > 2000:

@@ -25,6 +25,7 @@ class Loaded:
     """A dataset with what `check` reports about it; split is None where it cannot be made.
 
     totals: users, rows, clicks, rows with unknown items, and time span of the file, before anything is dropped.
+    with_table: whether the items are those of the item table.
     """
 
     items: Items
@@ -33,6 +34,7 @@ class Loaded:
     counts: Counts
     totals: dict[str, Any]
     notes: list[str]
+    with_table: bool
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -76,10 +78,11 @@ def load(config: DataConfig, problems: list[DataError]) -> Loaded:
             problems.append(error)
     data = read_interactions(config, problems)
     names, places = codes(data.frame["item"])
-    unknown = 0
+    unknown, with_table = 0, items is not None
     if items is None:
         items = Items(ids=names.to_numpy().astype(object), texts=[""] * len(names), titles=[""] * len(names))
-        data.notes.append("no item table (data.items): items have no text, so the text losses cannot be trained")
+        if not config.items:
+            data.notes.append("no item table (data.items): items have no text, so the text losses cannot be trained")
     else:
         known = pl.DataFrame({"id": pl.Series(items.ids.tolist(), dtype=pl.String),
                               "place": np.arange(len(items), dtype=np.int32)})
@@ -110,7 +113,7 @@ def load(config: DataConfig, problems: list[DataError]) -> Loaded:
             split = split_leave_one_out(sequences, config.seed)
     except DataError as error:
         problems.append(error)
-    return Loaded(items, sequences, split, counts, totals, notes)
+    return Loaded(items, sequences, split, counts, totals, notes, with_table)
 
 
 def _totals(frame: pl.DataFrame) -> dict[str, Any]:

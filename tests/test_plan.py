@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import held_bytes
 from karma_fast.commands.plan import gpu_memory, main, step_settings
@@ -110,6 +110,46 @@ def test_a_step_takes_what_was_predicted(backbone, name):
     batch = planner.workload.batch(model, batch_size, chunk_size)
     measured = most_on_a_cpu(lambda: backward(model, batch))
     assert sum(plan.parts[part] for part in STEP) == pytest.approx(measured, rel=0.1)
+
+
+# families whose layers differ, or whose attention is not torch's: changes of their configuration, adapters
+FAMILIES = {
+    "deepseek_v2": ({"num_hidden_layers": 5, "first_k_dense_replace": 1, "n_routed_experts": 16,
+                     "moe_intermediate_size": 128, "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16,
+                     "qk_nope_head_dim": 32, "v_head_dim": 32, "num_experts_per_tok": 2, "n_shared_experts": 1,
+                     "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}, "all-linear"),
+    "granitemoehybrid": ({"num_hidden_layers": 5, "layer_types": [*4 * ["mamba"], "attention"], "mamba_n_heads": 8,
+                          "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 64,
+                          "mamba_d_head": 32, "mamba_d_state": 16}, "q_proj,v_proj"),
+    "mamba": ({"num_hidden_layers": 4, "state_size": 8}, "in_proj"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_that_differ_are_all_counted(name, tiny_backbone, tmp_path):
+    changes, targets = FAMILIES[name]
+    shape = AutoConfig.for_model(name, **{
+        "hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0} | changes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape).to(torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(tmp_path)
+    config = settings(str(tmp_path), lora_targets=targets, max_history=10)
+    planner = Planner(config, batch_size=8, device_type="cpu")
+    plan, model = planner.plan(4), real_model(planner, "cpu")
+    assert sum(plan.parts[part] for part in WEIGHTS) == bytes_of_weights(model)
+    batch = planner.workload.batch(model, 8, 4)
+    measured = most_on_a_cpu(lambda: backward(model, batch))
+    assert sum(plan.parts[part] for part in STEP) == pytest.approx(measured, rel=0.1)
+
+
+def test_adapters_of_a_layer_that_was_left_out(backbone):
+    one, all_of_them = (Planner(settings(backbone, lora_targets=targets), batch_size=4, device_type="cpu").plan(2)
+                        for targets in ("layers.5.self_attn.q_proj", "q_proj"))
+    assert all_of_them.parts["trained weights"] - one.parts["trained weights"] == 5 * 4 * 16 * (192 + 192)
+    with pytest.raises(ConfigError, match=r"model\.lora_targets.*'nothing'") as found:
+        plan_memory(settings(backbone, lora_targets="nothing"), batch_size=4)
+    assert found.type is ConfigError
 
 
 @pytest.mark.gpu

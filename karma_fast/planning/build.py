@@ -1,9 +1,10 @@
-"""The model of a run on simulated tensors, with at most three decoder layers."""
+"""The model of a run on simulated tensors, with three decoder layers where all are alike."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING
 
@@ -37,19 +38,32 @@ def with_layers(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     return shape
 
 
+def layers_are_alike(shape: PretrainedConfig) -> bool:
+    """Whether all decoder layers have the same parameters: those of hybrids and of many mixtures of experts differ."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape))
+    kinds = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in decoder_layers(model)}
+    return len(kinds) == 1
+
+
 def simulated_backbone(config: KarmaConfig, shape: PretrainedConfig, simulation: Simulation) -> nn.Module:
     """What `load_backbone` gives, from a language model's configuration alone; for use inside the simulation."""
     from transformers import AutoModelForCausalLM
 
     device = simulation.place
     dtype = torch.float32 if config.tuning == "full" else compute_dtype(device)
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with torch.device("meta"), outside(simulation):
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, attn_implementation="sdpa" if config.attention == "auto" else config.attention)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **attention)
         model.tie_weights()
         if config.quantization != "none":
             quantised_shell(model, quantization_config(config, dtype, nested=device.type == "cuda"))
     simulate_weights(model, simulation)
+    if config.attention == "auto" and any(isinstance(part, nn.Conv1d) for part in model.modules()):
+        # layers that carry a state along stay padded, which the check of a loaded model sees by values alone
+        config = dataclasses.replace(config, attention=model.config._attn_implementation)
     return ready_to_train(model, config)
 
 

@@ -17,7 +17,7 @@ from ..data.schema import Dataset
 from ..data.windows import negatives_of
 from ..model.backbone import decoder_layers
 from ..step import first_line
-from .build import LAYERS, depth, simulated_model, weight_bytes
+from .build import LAYERS, depth, layers_are_alike, simulated_model, weight_bytes
 from .gpu import ASSUMED_CAPABILITY, has_bfloat16
 from .optimiser import state_bytes
 from .shapes import language_model
@@ -88,8 +88,8 @@ def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | 
                 capability: tuple[int, int] = ASSUMED_CAPABILITY) -> MemoryPlan:
     """The memory of a training step at its peak, from the language model's configuration alone.
 
-    The model's own code runs on tensors without values, with three decoder layers that stand for all. No weight is
-    loaded and no GPU is needed.
+    The model's own code runs on tensors without values, with three decoder layers that stand for all, or with all of
+    them where their parameters differ. No weight is loaded and no GPU is needed.
 
     Args:
         config: the model's settings; ``backbone`` may be a name of `karma_fast.planning.shapes`.
@@ -116,7 +116,8 @@ def plan_memory(config: KarmaConfig, *, batch_size: int = 32, chunk_size: int | 
 class Planner:
     """One simulated model, for plans with several chunk sizes; arguments as for `plan_memory`.
 
-    layers: that are simulated; the others are taken to be like them.
+    layers: that are simulated, where all have the same parameters and the others can be taken to be like them; else
+    all are.
     """
 
     def __init__(self, config: KarmaConfig, *, batch_size: int, device_type: str = "cuda", data: Dataset | None = None,
@@ -126,11 +127,24 @@ class Planner:
         self.workload = Workload.of(config, self.shape.get_text_config().hidden_size, data, tokenizer)
         self.config, self.batch_size, self.optimiser = config, batch_size, optimiser
         self.device_type, self.data = device_type, data
-        self.extra_layers = max(0, depth(self.shape) - layers)
         self.simulation = Simulation(device_type, capability)
+        whole = depth(self.shape)
+        layers = min(layers, whole)
+        if layers < whole and not layers_are_alike(self.shape):
+            layers = whole
+        try:
+            self.model = self._simulated(layers)
+        except ConfigError:
+            if layers == whole:
+                raise
+            layers = whole  # adapters that the layers left out have alone
+            self.model = self._simulated(layers)
+        self.extra_layers = whole - layers
+
+    def _simulated(self, layers: int) -> KarmaModel:
         with self.simulation.entered():
-            self.model = simulated_model(self.workload.applied(config), self.shape, self.workload, batch_size,
-                                         self.simulation, layers)
+            return simulated_model(self.workload.applied(self.config), self.shape, self.workload, self.batch_size,
+                                   self.simulation, layers)
 
     def peak(self, chunk_size: int | None) -> Peak:
         """Of a step's forward and backward, beyond what is there before it."""

@@ -1,6 +1,6 @@
 """The peak of a model of many layers from the record of one with three.
 
-All layers of a decoder are alike, so what the first saves for the backward, and its gradients, can be counted as
+Where all layers of a decoder are alike, what the first saves for the backward, and its gradients, can be counted as
 often as there are layers that were left out. While the first itself is at work nothing is counted: the others need
 the same workspace, with more of the saved memory in use.
 """

@@ -187,7 +187,7 @@ def examples_of(model: Recommender, data: Dataset, positions: np.ndarray, u) -> 
                     "history": [name_of_item(items, i) for i in history],
                     "target": items.texts[targets[n]] or name_of_item(items, targets[n]),
                     "target_rank": int(ranks[n]) + 1,
-                    "top": [{"title": name_of_item(items, i), "score": float(score)}
+                    "top": [{"title": name_of_item(items, i), "score": float(score), "hit": bool(i == targets[n])}
                             for i, score in zip(best[n], scores[n], strict=True) if i >= 0],
                     "decoded": text})
     return out

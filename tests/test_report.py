@@ -5,6 +5,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from karma_fast.evaluation.report import write_report
 from karma_fast.evaluation.verdict import standard_error, verdict
 from karma_fast.model.backbone import adapters_off, causal_lm
 from karma_fast.model.karma import KarmaModel
+from karma_fast.run import examples_of
 
 NASTY = '<script>alert("x")</script> & \'quotes\' | *stars* [link](x) `code`'
 TITLES = [
@@ -236,6 +238,20 @@ def test_terms_that_share_a_prefix_with_the_target_are_no_hit(run):
     assert texts(run)[1].count("**← target**") == 1
 
 
+def test_of_two_items_with_one_title_the_target_is_marked(run, tiny_data):
+    items = dataclasses.replace(tiny_data.items, titles=["Same"] * len(tiny_data.items))
+    data, last = dataclasses.replace(tiny_data, items=items), int(tiny_data.sequences.indptr[1]) - 1
+    vectors = torch.nn.functional.normalize(torch.randn(len(items), 8, generator=torch.manual_seed(0)), dim=-1)
+    target = int(tiny_data.sequences.items[last])
+    model = SimpleNamespace(encode_items=lambda: vectors, decode_projection=None,
+                            config=SimpleNamespace(max_history=5))
+    example, = examples_of(model, data, np.array([last]), vectors[[target]] + vectors[[(target + 1) % len(items)]])
+    assert [entry["hit"] for entry in example["top"]].count(True) == 1
+    example["top"] = sorted(example["top"], key=lambda entry: entry["hit"])  # the target is the last one
+    (run / "examples.json").write_text(json.dumps([example]))
+    assert re.findall(r"(\d)\. Same .* \*\*← target\*\*", texts(run)[1]) == ["5"]
+
+
 @pytest.mark.parametrize("missing", ["metrics.json", "log.jsonl", "examples.json", "attention.json", "config.yaml"])
 def test_a_missing_file_leaves_out_its_sections_alone(run, missing):
     (run / missing).unlink()
@@ -245,6 +261,33 @@ def test_a_missing_file_leaves_out_its_sections_alone(run, missing):
             "config.yaml": set()}[missing]
     assert headings(markdown) == [h for h in ALL if h not in gone]
     Page(html)
+
+
+@pytest.mark.parametrize("name", ["requests", "seconds", "peak_rss_bytes", "stage_seconds", "decoding"])
+def test_an_infinite_number_leaves_its_own_place_empty(run, name):
+    def edit(metrics):
+        if isinstance(metrics.get(name), dict):
+            metrics[name] = dict.fromkeys(metrics[name], math.inf)
+        else:
+            metrics[name] = math.inf
+
+    change(run, "metrics.json", edit)
+    _, markdown = texts(run)
+    assert "HR@10 0.1304 against 0.1166" in markdown and "943 requests" in markdown
+    assert not re.search(r"\b(inf|nan)\b", markdown)
+
+
+@pytest.mark.parametrize(("found", "said"), [
+    ({"matched_loss": 2.466, "shuffled_loss": 2.519, "mean_loss": 2.6, "share_better": 0.63}, "Yes: "),
+    ({"matched_loss": 2.466, "shuffled_loss": 2.519, "mean_loss": 2.464, "share_better": 0.63},
+     "Hardly yet: the target's text costs 2.466 nats per token from the user's own embedding, 2.519 from another "
+     "user's, 2.464 from the mean of all embeddings"),
+    ({"matched_loss": 2.4660, "shuffled_loss": 2.4661, "mean_loss": 2.40, "share_better": 0.47}, "No evidence yet: "),
+    ({"matched_loss": 2.40, "shuffled_loss": 2.45, "mean_loss": 2.5, "share_better": 0.54}, "No evidence yet: "),
+    ({"matched_loss": 2.46, "shuffled_loss": 2.45, "mean_loss": 2.5, "share_better": 0.7}, "No: ")])
+def test_an_embedding_knows_its_item_only_by_evidence(run, found, said):
+    change(run, "metrics.json", lambda m: m.update(decoding=found | {"users": 512}))
+    assert said in " ".join(texts(run)[1].split())
 
 
 def test_a_log_alone_is_enough(run):
@@ -367,6 +410,20 @@ def test_a_gap_within_noise_is_no_victory_and_no_defeat():
     assert behind[0].startswith("KARMA is behind popularity") and behind[0].endswith("within noise.")
     assert "0.7 standard errors" in ahead[-1] and "0.0104 for KARMA and 0.0100 for popularity" in ahead[-1]
     assert verdict(rows(popularity=0.10, karma=0.11), 90_000)[0].startswith("KARMA beats")
+
+
+def test_no_other_row_is_beaten_within_noise_either():
+    demo = rows(popularity=0.0817, item_knn=0.1750, title_tfidf=0.0191, karma_start=0.2354, karma=0.2365)
+    lead, rest, _ = verdict(demo, 943)
+    assert lead == "KARMA beats the best baseline, item-kNN: HR@10 0.2365 against 0.1750 (1.35×)."
+    assert rest == ("It beats popularity (0.0817, 2.89×) and title TF-IDF (0.0191, 12×). The gap to its own start "
+                    "(0.2354, 1.00×) is within noise.")
+    lead, rest, _ = verdict(rows(popularity=0.2, item_knn=0.3, title_tfidf=0.101, karma_start=0.099, karma=0.1), 943)
+    assert lead.startswith("KARMA loses to item-kNN")
+    assert rest == ("It is also behind popularity (0.2000, 0.50×). It beats none of the others. The gaps to title "
+                    "TF-IDF (0.1010, 0.99×) and its own start (0.0990, 1.01×) are within noise.")
+    assert verdict(rows(popularity=0.1, item_knn=0.02, karma_start=0.2, karma=0.2), 943)[1] == (
+        "It beats popularity (0.1000, 2.00×) and item-kNN (0.0200, 10×).")
 
 
 def test_edges_of_the_verdict():

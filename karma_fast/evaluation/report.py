@@ -252,12 +252,13 @@ def _example(n: int, example: dict[str, Any]) -> Example:
     for entry in listed(example, "top"):
         entry = entry if isinstance(entry, dict) else {"title": entry}
         title, score = str(entry.get("title", "")), number(entry.get("score"))
-        # the target's text begins with its title; of two items with that title one is marked
-        hit = not found and bool(title) and (target == title or target.startswith(f"{title} | "))
+        hit = entry.get("hit")
+        if not isinstance(hit, bool):  # a file of before; the target's text begins with its title
+            hit = not found and bool(title) and (target == title or target.startswith(f"{title} | "))
         found = found or hit
         top.append((title, f"{score:.3f}" if math.isfinite(score) else "–", hit))
     rank = number(example.get("target_rank"))
-    place = f" (rank {rank:,.0f})" if rank > 0 else ""
+    place = f" (rank {rank:,.0f})" if 0 < rank < math.inf else ""
     facts = [("Search", example.get("query")), ("Target", target and target + place),
              ("Decoded from the embedding alone", example.get("decoded"))]
     return Example(f"User {example.get('user', n)}", history[-SHOWN_HISTORY:], max(0, len(history) - SHOWN_HISTORY),
@@ -271,14 +272,23 @@ def decoding_blocks(decoding: Any) -> list[Block]:
     if not (math.isfinite(matched) and math.isfinite(shuffled)):
         return []
     users, better = number(decoding.get("users")), number(decoding.get("share_better"))
-    gap = shuffled - matched
-    said = (f"Yes: the target's text costs {gap:.3f} nats per token less when it is decoded from the user's own "
-            "embedding than from another user's." if gap > 0 else
-            "No: the target's text is decoded no better from the user's own embedding than from another user's.")
+    gap, mean = shuffled - matched, number(decoding.get("mean_loss"))
     rows = [["own embedding (matched)", f"{matched:.3f}"], ["another user's (shuffled)", f"{shuffled:.3f}"],
             ["difference", f"{gap:+.3f}"]]
-    if math.isfinite(mean := number(decoding.get("mean_loss"))):
+    costs = f"{matched:.3f} nats per token from the user's own embedding, {shuffled:.3f} from another user's"
+    if math.isfinite(mean):
         rows.insert(2, ["the mean of all embeddings", f"{mean:.3f}"])
+        costs += f", {mean:.3f} from the mean of all embeddings"
+    wins = better > 0.5 + 2 * math.sqrt(0.25 / users) if users > 0 else False  # by two standard errors of chance
+    if gap <= 0:
+        said = "No: the target's text is decoded no better from the user's own embedding than from another user's."
+    elif wins and matched < mean:
+        said = (f"Yes: the target's text costs {gap:.3f} nats per token less when it is decoded from the user's own "
+                "embedding than from another user's.")
+    elif wins and matched >= mean:
+        said = f"Hardly yet: the target's text costs {costs}, so one embedding for everybody does as well."
+    else:
+        said = f"No evidence yet: the target's text costs {costs}."
     if math.isfinite(better):
         of = f" of {users:,.0f} users" if math.isfinite(users) else ""
         said += f" The own embedding wins for {100 * better:.0f}%{of}; 50% would be chance."
@@ -322,7 +332,7 @@ def time_blocks(metrics: dict[str, Any]) -> list[Block]:
     total, known = number(metrics.get("seconds")), sum(stages.values())
     if not stages:
         return []
-    if total > known * 1.01:
+    if known * 1.01 < total < math.inf:
         stages["everything else"] = total - known
     total = max(total, known) if math.isfinite(total) else known
     shares = [v / total if total else 0.0 for v in stages.values()]
@@ -333,9 +343,11 @@ def time_blocks(metrics: dict[str, Any]) -> list[Block]:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(4.25), duration(135), duration(7322)
-    ('4.2 s', '2 min 15 s', '2 h 2 min')
+    >>> duration(4.25), duration(135), duration(7322), duration(math.inf)
+    ('4.2 s', '2 min 15 s', '2 h 2 min', '–')
     """
+    if not math.isfinite(seconds):
+        return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

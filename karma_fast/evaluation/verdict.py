@@ -32,8 +32,8 @@ def name_of(name: str) -> str:
 
 def requests_of(metrics: dict[str, Any]) -> int:
     """Number of ranked requests: the field ``requests``, or what the protocol line says; 0 if neither tells."""
-    if number(metrics.get("requests")) > 0:
-        return int(metrics["requests"])
+    if 0 < (count := number(metrics.get("requests"))) < math.inf:
+        return int(count)
     found = re.search(r"([\d,]+) requests", str(metrics.get("protocol", "")))
     return int(found[1].replace(",", "") or 0) if found else 0
 
@@ -50,15 +50,18 @@ def standard_error(rate: float, requests: int) -> float:
 def verdict(rows: dict[str, dict[str, Any]], requests: int = 0, own: str = "karma") -> list[str]:
     """The finding, the other comparisons, and a word on noise; a defeat comes first.
 
+    A row beats another one, or is behind it, by two standard errors of a difference of independent rows; below that,
+    the gap is within noise. Where the number of requests is not known, by any gap.
+
     Args:
         rows: metrics of each recommender by name. requests: how many were ranked, 0 if unknown. own: name of the row
             that is compared with the others.
 
     Example:
-        >>> rows = {"popularity": {"HR@10": 0.08}, "item_knn": {"HR@10": 0.2}, "karma": {"HR@10": 0.1}}
+        >>> rows = {"popularity": {"HR@10": 0.05}, "item_knn": {"HR@10": 0.2}, "karma": {"HR@10": 0.1}}
         >>> print(*verdict(rows, 943), sep="\\n")
         KARMA loses to item-kNN: HR@10 0.1000 against 0.2000 (0.50×).
-        It beats popularity (0.0800, 1.25×).
+        It beats popularity (0.0500, 2.00×).
         Noise: with 943 requests, HR@10 has a standard error of 0.0098 for KARMA and 0.0130 for item-kNN (binomial); \
 the gap of 0.1000 is 6.1 standard errors of a difference of independent rows. All rows rank the same requests, so the \
 true noise of a gap is often smaller; another seed or split is not covered.
@@ -86,8 +89,9 @@ true noise of a gap is often smaller; another seed or split is not covered.
     rival = next((k for k in rivals if k != start), next(iter(rivals)))
     rival = lost[0] if lost else rival
     gap = abs(own - rivals[rival])
-    error = math.hypot(standard_error(own, requests), standard_error(rivals[rival], requests))
-    unsure = error > 0 and gap < 2 * error
+    errors = {k: math.hypot(standard_error(own, requests), standard_error(v, requests)) for k, v in rivals.items()}
+    close = [k for k, v in rivals.items() if 0 < abs(own - v) < 2 * errors[k]]
+    unsure = rival in close
     if lost:
         words = "is behind" if unsure else "loses to"
         lead = f"{who} {words} {names[rival]}: {METRIC} {own:.4f} against {rivals[rival]:.4f}" \
@@ -98,20 +102,23 @@ true noise of a gap is often smaller; another seed or split is not covered.
         kind = "its own start" if rival == start else f"the best baseline, {names[rival]}"
         lead = f"{who} {'is ahead of' if unsure else 'beats'} {kind}: {METRIC} {own:.4f} against " \
                f"{rivals[rival]:.4f}{_ratio(own, rivals[rival])}"
-    out = [lead + (", a gap within noise." if unsure and gap else ".")]
+    out = [lead + (", a gap within noise." if unsure else ".")]
     rest = []
-    if lost[1:]:
-        rest.append(f"It is also behind {_list([told(k) for k in lost[1:]])}.")
+    others = [k for k in rivals if k != rival or (tied and not lost)]  # whom the lead does not name
+    if behind := [k for k in others if k in lost and k not in close]:
+        rest.append(f"It is also behind {_list([told(k) for k in behind])}.")
     if lost and tied:
         rest.append(f"It ties with {_list([names[k] for k in tied])}.")
-    beaten = [k for k in beaten if lost or tied or k != rival]
-    if beaten:
+    if beaten := [k for k in others if k in beaten and k not in close]:
         rest.append(f"It beats {_list([told(k) for k in beaten])}.")
     elif lost and not tied:
         rest.append("It beats none of the others.")
+    if near := [k for k in others if k in close]:
+        gaps = "The gap" if len(near) == 1 else "The gaps"
+        rest.append(f"{gaps} to {_list([told(k) for k in near])} {'is' if len(near) == 1 else 'are'} within noise.")
     if rest:
         out.append(" ".join(rest))
-    out.append(_noise(who, own, rivals[rival], names[rival], requests, gap, error))
+    out.append(_noise(who, own, rivals[rival], names[rival], requests, gap, errors[rival]))
     return out
 
 

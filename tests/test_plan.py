@@ -214,7 +214,21 @@ def test_optimiser_states():
     assert state_bytes([1000, 5000], "adamw_torch_fused") == 2 * 4 * 6000 + 2 * 4
     assert state_bytes([1000, 5120], "adamw_8bit") == 2 * 4 * 1000 + 2 * (5120 + 4 * 20)
     assert state_bytes([1000], "adamw_torch_fused", 512) == 2 * 4096 + 512
-    assert state_bytes([1000], "sgd") == 0
+    assert state_bytes([1000], "sgd") == 0 and state_bytes([1000], "adagrad") == 4 * 1000
+    assert state_bytes([1000], "ademamix") == 3 * 4 * 1000
+    assert state_bytes([5120], "paged_ademamix_8bit") == 3 * (5120 + 4 * 20)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("ademamix", 32), ("ademamix_8bit", 8)])
+def test_optimiser_states_of_bitsandbytes(name, bits):
+    optim = pytest.importorskip("bitsandbytes.optim")
+    weight = torch.nn.Parameter(torch.zeros(5120))
+    weight.grad = torch.ones_like(weight)
+    optimiser = optim.AdEMAMix([weight], optim_bits=bits)
+    optimiser.init_state(optimiser.param_groups[0], weight, 0, 0)
+    state = optimiser.state[weight]
+    held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
+    assert state_bytes([5120], name) == held
 
 
 def test_larger_chunks_and_fewer_savings_take_more(backbone):

@@ -272,6 +272,26 @@ def test_own_targets_that_tie_take_one_place_each():
         assert ranking_metrics(rank_scores(np.zeros((1, 6)), ([0, 3], [0, 1, 5])), (1,))["AUC"] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:.*collapsed")
+def test_missed_targets_share_the_last_places():
+    both = Ranks(np.array([0, 4]), np.array([0, 0]), np.array([10, 10]), indptr=np.array([0, 2]))
+    lost = both.missed(np.array([True, True]))
+    assert lost.expected.tolist() == [8.5, 8.5] and ranking_metrics(lost)["AUC"] == 0
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 9, (40, 12)).astype(np.float64)
+    targets = [rng.permutation(12)[:1 + n % 4].tolist() for n in range(40)]
+    which = rng.random(sum(map(len, targets))) < 0.5
+    below, flat = scores.copy(), np.repeat(np.arange(40), [len(own) for own in targets])
+    below[flat[which], np.concatenate(targets)[which]] = -1
+    pair = csr_from_lists(targets)
+    found, expected = rank_scores(scores, pair).missed(which), rank_scores(below, pair)
+    for name in ("greater", "ties", "candidates"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert ranking_metrics(found, (3,)) == ranking_metrics(expected, (3,))
+    capped = Ranks(np.array([3, 3, 0]), np.array([0, 0, 0]), np.array([10, 10, 10]), np.array([0, 3]), largest_k=3)
+    assert capped.missed(np.array([True, False, True])).greater.tolist() == [3, 3, 3]
+
+
 def test_metric_refusals():
     found = Ranks(np.array([0]), np.array([0]), np.array([5]))
     with pytest.raises(ValueError, match="ks: got"):

@@ -54,13 +54,29 @@ class Ranks:
         return self.greater + self.ties / 2
 
     def missed(self, which: np.ndarray) -> Ranks:
-        """With the last place for the targets in ``which``, (T,) bool, as of items that no list shows.
+        """With the last places for the targets in ``which``, (T,) bool, as of items that no list shows.
+
+        Those of one query share as many places as they are, and its other targets move up.
 
         >>> Ranks(np.array([0, 2]), np.array([1, 0]), np.array([9, 9])).missed(np.array([True, False])).expected
         array([8., 2.])
+        >>> pair = Ranks(np.array([0, 2]), np.array([0, 0]), np.array([9, 9]), indptr=np.array([0, 2]))
+        >>> pair.missed(np.array([True, True])).expected, pair.missed(np.array([True, False])).expected
+        (array([7.5, 7.5]), array([8., 1.]))
         """
-        last = self.candidates - 1 if self.largest_k is None else np.minimum(self.candidates - 1, self.largest_k)
-        return replace(self, greater=np.where(which, last, self.greater), ties=np.where(which, 0, self.ties))
+        which, span = np.asarray(which, bool), int(self.candidates.max(initial=0)) + 1
+        sizes = np.ones(len(self), np.int64) if self.indptr is None else np.diff(self.indptr)
+        begin = np.repeat(np.arange(len(self)) * span, sizes)  # of the query's places in a line of all
+        lost = np.sort((begin + self.greater)[which])
+        bounds = (begin, begin + self.greater, begin + self.greater + 1, begin + span)
+        first, above, level, last = (np.searchsorted(lost, bound) for bound in bounds)
+        shared = last - first - 1  # the other missed targets of the query
+        greater = np.where(which, self.candidates - 1 - shared, self.greater - (above - first))
+        ties = np.where(which, shared, self.ties - (level - above))
+        if self.largest_k is None:
+            return replace(self, greater=greater, ties=ties)
+        greater = np.where(self.greater >= self.largest_k, self.largest_k, greater)  # how far below is not known
+        return limited_to(self.largest_k, greater, ties, self.candidates, self.indptr)
 
     @staticmethod
     def concat(parts: list[Ranks]) -> Ranks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,6 +51,8 @@ class BuildIfPossible(build_ext):
             self.build_temp = os.path.join(folder, switch)  # to that of a failed attempt a compiler may still write
             error, said = heard(lambda: super(BuildIfPossible, self).build_extension(extension))
             if error is None:
+                if not switch and not self.knows_this_cpu(extension):
+                    switch, reason = "KARMA_PORTABLE", "its other kernels need g++"
                 if switch:
                     print(f"karma_fast: the C++ extension was built {SWITCHES[switch]} ({reason})", flush=True)
                 return
@@ -57,6 +60,12 @@ class BuildIfPossible(build_ext):
             if "Python.h" in reason:  # needs something else than fewer kernels
                 break
         self.leave_out(reason)
+
+    def knows_this_cpu(self, extension) -> bool:
+        """Whether kernels for one kind of CPU are in it; those that there are are of x86, and named."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return True
+        return b"\0avx2\0" in Path(self.get_ext_fullpath(extension.name)).read_bytes()
 
     def leave_out(self, reason: str) -> None:
         self.extensions = []

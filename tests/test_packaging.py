@@ -153,6 +153,22 @@ def test_kernels_that_the_compiler_refuses_are_left_out(tmp_path, refused, accep
     assert all("-fno-fast-math" in line.partition("-ffast-math")[2] for line in commands)
 
 
+@pytest.mark.parametrize("built, machine, said", [
+    ("\\0avx2\\0", "x86_64", False), ("kernel_avx2.cpp", "x86_64", True), ("", "aarch64", False)])
+def test_a_build_without_kernels_for_this_cpu_says_so(tmp_path, built, machine, said):
+    compiler, site = tmp_path / "compiler", tmp_path / "site"
+    compiler.write_text(COMPILER.format(refused="nothing", accepted="*", error="").replace(
+        ': > "$2"', f"printf '{built}' > \"$2\""), encoding="utf-8")
+    compiler.chmod(0o755)
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(f"import platform\nplatform.machine = lambda: '{machine}'\n")
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    out = build_extension(tmp_path, CC=str(compiler), CXX=str(compiler), PYTHONPATH=path)
+    line = "was built for any CPU alone, many times slower than for this one (its other kernels need g++)"
+    assert (line in out) == said
+    assert len(list((tmp_path / "karma_fast").glob("_C*.so"))) == 1
+
+
 def test_ranking_without_the_extension():
     code = """
 import sys

@@ -20,6 +20,7 @@ from karma_fast.evaluation import (
     top_k,
 )
 from karma_fast.evaluation import catalogue as catalogue_module
+from karma_fast.evaluation import ranks as ranks_module
 
 pytestmark = pytest.mark.skipif(not paths(), reason="the C++ extension was not built: no C++ compiler")
 PATHS = list(paths())
@@ -370,6 +371,31 @@ def test_few_queries_are_not_worth_a_filter():
     catalogue = Catalogue(items)
     target_ranks(queries[:3], catalogue, [0, 1, 2])
     assert catalogue.holds(PATHS[0]) and len(catalogue._packed) == 1
+
+
+def test_torch_is_taken_where_it_is_faster_than_a_portable_filter(monkeypatch):
+    calls, items, queries = [], vectors(3000, 64, 1), vectors(32, 64, 0)
+    targets, expected = np.arange(32), target_ranks(queries, items, np.arange(32))
+    best = top_k(queries, items, 5)
+    for name in ("count", "best_items"):
+        call = getattr(ranks_module.torch_ranks, name)
+        monkeypatch.setattr(ranks_module.torch_ranks, name,
+                            lambda *args, call=call, name=name: calls.append(name) or call(*args))
+    monkeypatch.setattr(catalogue_module, "paths", lambda: {"portable": "float32"})
+    for x in (items, Catalogue(items)):
+        assert numbers(target_ranks(queries, x, targets)) == numbers(expected)
+        assert all(np.array_equal(a, b) for a, b in zip(top_k(queries, x, 5), best, strict=True))
+    assert calls == ["count", "best_items"] * 2
+    with pytest.raises(ValueError, match="items: NaN or infinite values in row 7"):
+        target_ranks(queries, np.where(np.arange(3000)[:, None] == 7, np.nan, items), targets)
+    target_ranks(queries, items, targets, path="portable")  # as it was asked for
+    target_ranks(queries[1:], items, targets[1:])
+    target_ranks(queries, items, targets, largest_k=10)
+    target_ranks(queries, items.astype(np.float16), targets)
+    monkeypatch.setattr(catalogue_module, "paths", lambda: {"portable": "exact"})  # on 64-bit ARM
+    target_ranks(queries, items, targets)
+    top_k(queries, items, 5)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("row", [0, 3000, 4999])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import device_ranks, native_ranks, torch_ranks
-from .catalogue import ABSENCE, Catalogue, check_path, native, thread_count
+from .catalogue import ABSENCE, Catalogue, by_torch, check_path, native, thread_count
 from .counting import TargetCounts, Targets
 from .csr import Csr, check_csr
 from .rows import Rows, check_finite, check_kind, check_widths
@@ -163,11 +163,11 @@ def target_ranks(queries: Any, items: Any, targets: Any, *, seen: Csr | None = N
     with Bar(progress, span[1] - span[0]) as bar:
         if on_device:
             counts = device_ranks.count(users, catalogue, goal, seen, span)
-        elif native and path != "torch":
-            counts = native_ranks.count(users, catalogue, goal, seen, span, largest_k, path, threads, bar)
-        else:
+        elif by_torch(catalogue.rows, len(users), path, largest_k):
             warn_of_torch(path, len(users) * len(catalogue) * users.shape[1])
-            counts = torch_ranks.count(users, catalogue.rows.float32(), goal, seen, span, threads)
+            counts = torch_ranks.count(users, for_torch(catalogue), goal, seen, span, threads)
+        else:
+            counts = native_ranks.count(users, catalogue, goal, seen, span, largest_k, path, threads, bar)
         bar.finish()
     return limited_to(largest_k, *counts, goal.indptr)
 
@@ -203,10 +203,10 @@ def top_k(queries: Any, items: Any, k: int, *, seen: Csr | None = None, threads:
     if seen is not None:
         seen = check_csr("seen", seen, len(users), len(catalogue))
     thread_count(threads)
-    if native and path != "torch":
+    if not by_torch(catalogue.rows, len(users), path):
         return native_ranks.best_items(users, catalogue, int(k), seen, path, threads)
     warn_of_torch(path, len(users) * len(catalogue) * users.shape[1])
-    return torch_ranks.best_items(users, catalogue.rows.float32(), int(k), seen, threads)
+    return torch_ranks.best_items(users, for_torch(catalogue), int(k), seen, threads)
 
 
 def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]:
@@ -216,15 +216,19 @@ def checked(queries: Any, items: Any, path: str) -> tuple[np.ndarray, Catalogue]
     rows = items.rows if isinstance(items, Catalogue) else Rows.of("items", items)
     check_widths(users.width, rows.width, len(rows))
     check_finite("queries", users)
-    catalogue = items if isinstance(items, Catalogue) else Catalogue.passing(rows)
-    if path == "torch" and native:  # else the catalogue has done it
-        check_finite("items", rows)
-    return users.float32(), catalogue
+    return users.float32(), items if isinstance(items, Catalogue) else Catalogue.passing(rows)
+
+
+def for_torch(catalogue: Catalogue) -> np.ndarray:
+    """(N, D) float32, checked."""
+    if native:  # else the catalogue has done it
+        check_finite("items", catalogue.rows)
+    return catalogue.rows.float32()
 
 
 def warn_of_torch(path: str, products: int) -> None:
     """pip shows nothing of a build that left the extension out, so this is where one learns of it."""
-    if path == "auto" and products > LONG:
+    if path == "auto" and not native and products > LONG:
         warnings.warn(f"the C++ extension {ABSENCE[0]}, so torch ranks, which takes many times longer; {ABSENCE[1]}",
                       stacklevel=3)
 

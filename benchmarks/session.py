@@ -40,10 +40,19 @@ class Run:
         self.results: dict = {"benchmark": benchmark, "command": command, "machine": describe(device, libraries),
                               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         self.results |= {"peak_flops": {}, "copy_bytes_per_second": None, "records": []}
+        self.command = command
 
     def resume(self) -> None:
-        """Takes over what the file has, except what was skipped or not yet timed."""
-        self.results = json.loads(self.out.read_text())
+        """Takes over what the file has, except what was skipped or not yet timed; SystemExit if it is of another
+        machine or of other versions."""
+        before, here = json.loads(self.out.read_text()), self.results["machine"]
+        other = {name: (before["machine"].get(name), here.get(name)) for name in {**before["machine"], **here}
+                 if before["machine"].get(name) != here.get(name)}
+        if other:
+            words = "; ".join(f"{name} {was}, and now {now}" for name, (was, now) in other.items())
+            raise SystemExit(f"--resume: {self.out} was measured with {words}; one file is of one machine and its "
+                             "versions, so give --out for another file, or measure all anew without --resume")
+        self.results = before
         self.results["records"] = [r for r in self.results["records"]
                                    if "total_ms" in r or r["status"] in ("absent", "error")]
 
@@ -57,6 +66,8 @@ class Run:
         """One more result. status: ok | wrong | inexact | absent | error | skipped."""
         found = dataclasses.asdict(case) | {"case": case.name, "implementation": name, "status": status} | more
         found.pop("workspaces", None)
+        if without_budget(self.command) != without_budget(self.results["command"]):
+            found["command"] = self.command  # of a later call, which the file's own does not measure again
         self.results["records"].append(found)
         return found
 
@@ -71,6 +82,10 @@ class Run:
         part = self.out.with_name(self.out.name + ".part")
         part.write_text(json.dumps(self.results, indent=1) + "\n")
         part.replace(self.out)
+
+
+def without_budget(command: str) -> str:
+    return command.rpartition(" --budget ")[0] or command
 
 
 def reason_of(error: BaseException) -> str:

@@ -74,15 +74,18 @@ def rows_of(table: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def about(results: dict) -> str:
+def about(results: dict, case: str | None = None) -> str:
+    """Machine, versions, and the commands that measured all cases, or this one."""
     machine = results["machine"]
+    commands = dict.fromkeys(r.get("command", results["command"]) for r in results["records"]
+                             if case in (None, r["case"])) or [results["command"]]
     versions = [f"torch {machine['torch']}", f"Triton {machine['triton']}" if machine.get("triton") else "no Triton",
                 f"Python {machine['python']}"] + [f"{k} {v}" for k, v in machine.get("libraries", {}).items()]
     peaks = [f"{flops / 1e12:.3g} TFLOP/s {dtype}" for dtype, flops in results["peak_flops"].items()]
     copy = results["copy_bytes_per_second"]
     measured = ", ".join(peaks + ([f"{copy / 1e9:.0f} GB/s copying"] if copy else []))
-    return (f"{machine['name']}; {', '.join(versions)}; {results['date'][:10]}; `{results['command']}`. Measured in "
-            f"the same run: {measured}.")
+    return (f"{machine['name']}; {', '.join(versions)}; {results['date'][:10]}; "
+            f"{'; '.join(f'`{command}`' for command in commands)}. Measured in the same run: {measured}.")
 
 
 def device_table(results: dict) -> str:
@@ -126,7 +129,7 @@ def case_table(results: dict, case: str) -> str:
                       ", ".join("NaN" if e is None else f"{e:.1e}" for e in r["errors"].values())])
     own = next((r for r in timed if r["implementation"] == OURS and right(r)), None)
     text = f"Ours (auto) against the best alternative: {compare(own, best)}." if own else "Ours has no result."
-    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(table), f"{text} {EXPLAINED}",
+    return "\n\n".join([f"{label(records[0])}. {about(results, case)}", rows_of(table), f"{text} {EXPLAINED}",
                         *not_measured(records)])
 
 

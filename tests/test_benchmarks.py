@@ -171,6 +171,20 @@ def test_runner_keeps_to_its_budget_and_resumes(tmp_path, monkeypatch, capsys):
     assert again == done
 
 
+def test_a_resumed_file_is_of_one_machine_and_says_who_measured_what(tmp_path, monkeypatch):
+    path, other = tmp_path / "cpu.json", "4x6x8-fp32"
+    before = run_tiny(path, monkeypatch)
+    after = run_tiny(path, monkeypatch, "--cases", other, "--resume")
+    assert after["records"][:len(FEW)] == before["records"] and after["command"] == before["command"]
+    first, second = (tables.case_table(after, case) for case in (CASE.name, other))
+    assert f"--cases {CASE.name} " in first and f"--cases {other} " not in first
+    assert f"--cases {other} " in second and f"--cases {CASE.name} " not in second
+    assert all(f"--cases {case} " in tables.device_table(after) for case in (CASE.name, other))
+    path.write_text(json.dumps(after | {"machine": after["machine"] | {"torch": "1.0"}}))
+    with pytest.raises(SystemExit, match=r"torch 1\.0, and now 2.*--out"):
+        run_tiny(path, monkeypatch, "--resume")
+
+
 def test_inputs_that_do_not_fit_are_recorded(tmp_path, monkeypatch):
     def full(case, device):
         raise torch.OutOfMemoryError("CUDA out of memory")

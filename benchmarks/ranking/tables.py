@@ -176,7 +176,7 @@ def case_table(results: dict, case: str) -> str:
     records = [r for r in results["records"] if r["case"] == case]
     own = ours_of({r["implementation"]: r for r in timed})
     text = f"Ours against the best exact alternative: {compare(own, best)}." if own else "Ours has no result."
-    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(filled(table)),
+    return "\n\n".join([f"{label(records[0])}. {about(results, case)}", rows_of(filled(table)),
                         f"{text} {explained(results)}", *not_measured(records)])
 
 

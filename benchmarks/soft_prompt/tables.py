@@ -78,7 +78,7 @@ def case_table(results: dict, case: str) -> str:
             for r in timed[:1]]
     own = next((r for r in timed if r["implementation"] == OURS and right(r)), None)
     text.append(f"Ours (auto) against the best alternative: {compare(own, best)}." if own else "Ours has no result.")
-    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(table), " ".join([*text, EXPLAINED]),
+    return "\n\n".join([f"{label(records[0])}. {about(results, case)}", rows_of(table), " ".join([*text, EXPLAINED]),
                         *not_measured(records)])
 
 

@@ -100,7 +100,7 @@ def case_table(results: dict, case: str) -> str:
                       f"{r['total_ms']['p20']:.3g} to {r['total_ms']['p80']:.3g}", f"{r['limit_ms']:.3g}",
                       f"{r['windows_per_second']:.3g}", faster(r, compared), mebibytes(r), memory_ratio(r, compared),
                       f"{r['held_mib']:.0f}", f"{r['collation_ms']:.3g}", checked(r)])
-    return "\n\n".join([f"{label(records[0])}. {about(results)}", rows_of(table), explained(results),
+    return "\n\n".join([f"{label(records[0])}. {about(results, case)}", rows_of(table), explained(results),
                         *not_measured(records)])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from scipy.special import stdtrit
 
 from .. import RESULTS, ROOT
 from ..tables import rows_of
@@ -71,7 +72,9 @@ def against(results: dict, row: str, other: str, variant: str, metric: str = "HR
     """Difference to another row with its standard error over requests and, with several seeds of both, over seeds.
 
     The two errors are of different causes, so their squares add up (which counts what both vary with twice, on the
-    safe side). Where the row has seeds that the other has not, the entry says how many were set side by side.
+    safe side). Few seeds tell their own spread badly: their part grows as Student's t has it, so that two errors mean
+    what they mean of many. Where the row has seeds that the other has not, the entry says how many were set side by
+    side.
     """
     found = results["comparisons"].get(row, {}).get(f"{other}, {variant}")
     if found is None:
@@ -79,7 +82,7 @@ def against(results: dict, row: str, other: str, variant: str, metric: str = "HR
     entry, kind = found[metric], "requests"
     error, seeds = entry["standard_error"] or 0.0, entry["by_seed"]
     if len(seeds) > 1:
-        over_seeds = float(np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
+        over_seeds = stdtrit(len(seeds) - 1, 0.975) / 1.96 * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
         error, kind = float(np.hypot(error, over_seeds)), "requests and seeds"
     own = sum(r["row"] == row for r in results["records"])
     paired = f", {len(seeds)} of {own} seeds" if len(seeds) < own else ""

@@ -48,6 +48,7 @@ class Launch:
     slow_dots: int  # those of them that became multiply-adds of single numbers
     tensor_core: str | None
     fused: bool  # every float32 sum or product is a multiply-add that rounds once, to nearest, and keeps small numbers
+    rounded: bool  # no product is added to before it is rounded on its way to exp2, see `rounded_before_exp2`
     seconds: float = field(compare=False)  # to compile, or to read from Triton's cache
     arguments: str  # types, "?" where divisibility by 16 is not known, and constants
 
@@ -137,7 +138,30 @@ def measure(compiled, seconds: float) -> Launch:
         tensor_memory=getattr(metadata, "tmem_size", None) or 0, registers=registers, stack=stack, dots=dots,
         slow_dots=0 if exact else slow, seconds=seconds, arguments=" ".join(filter(None, arguments)),
         fused=all(re.match(r"fma\.rn\.f32", op) for op in re.findall(FLOAT32, asm["ptx"]) or ["none"]),
+        rounded=rounded_before_exp2(asm["ptx"]),
         tensor_core=next((name for name, pattern in TENSOR_CORES.items() if re.search(pattern, asm["ptx"])), None))
+
+
+def rounded_before_exp2(ptx: str) -> bool:
+    """Whether each multiply-add on the way to an exp2 adds to what a select passed on: a score, rounded and masked.
+
+    Else it may be a score that is formed and set off against the largest one in one step, with other bits than where
+    the two are steps of their own. Where numbers travel in pairs, as on 10.0, no more than their last step is seen.
+    """
+    made = {name: (op, re.split(r",\s*", rest)) for op, name, rest in
+            re.findall(r"^\s*(?:@!?%\w+\s+)?([\w.]+)\s+(%\w+),\s*(.*?);", ptx, re.MULTILINE)}
+    seen, todo = set(), re.findall(r"\bex2\.approx[\w.]*\s+%\w+,\s*(%\w+)", ptx)
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in made:
+            continue
+        seen.add(name)
+        op, sources = made[name]
+        if op.startswith("fma.") and not made.get(sources[2], ("",))[0].startswith("selp."):
+            return False
+        if re.match(r"(?:add|sub|min)\.", op):
+            todo += sources
+    return True
 
 
 def spelt(name: str, value: object) -> str:

@@ -38,6 +38,7 @@ FLAGS = ("ids", "log_q", "normalize", "symmetric")
 TWO = "two kinds of ids"
 KERNELS = {"row_factors_kernel", "positives_kernel", "statistics_kernel", "merge_kernel", "finish_kernel",
            "gradient_rows_kernel", "gradient_tile_kernel"}
+SCORES = {"statistics_kernel", "gradient_rows_kernel", "gradient_tile_kernel"}
 EXACT_KERNELS = {"pair_scores_kernel", "resolve_kernel", "exact_kernel"}  # of ranks
 
 
@@ -135,6 +136,8 @@ def test_kernels_fit_do_not_spill_and_use_tensor_cores(batch, compiled):
     bad = [launch for launch in launches if launch.problems()]
     problems = sorted({problem for launch in bad for problem in launch.problems()})
     assert not bad, "\n".join([*problems, table(bad)])
+    # the gradient is formed from the very logits that the statistics saw
+    assert all(launch.rounded for launch in launches if launch.kernel in SCORES)
     if batch.kind in ("bfloat16", "float16") and not oldest:
         kinds = {launch.tensor_core for launch in launches if launch.dots}
         assert kinds == {FASTEST.get(batch.capability, "mma.sync")}

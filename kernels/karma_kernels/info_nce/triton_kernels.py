@@ -187,12 +187,15 @@ def merge_kernel(part_top, part_rest, top, rest, parts, C, BLOCK: tl.constexpr):
 def score_gradient(z, keep, is_positive, positive_value, row_top, row_factor, key_top, key_factor, bias,
                    HAS_LOGQ: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Gradient for a tile of scores z in log2 units; statistics come with the shape they broadcast from."""
+    # as in the statistics: else the compiler forms ``products * scale - top`` in one step, without rounding z first,
+    # and large logits at the top are no longer level with it. What is not kept gives exp2(-inf) = 0
+    z = tl.where(keep, z, -float("inf"))
     biased = z - bias if HAS_LOGQ else z
     # the statistics came from other tiles, whose last bits may differ: large logits must not turn that into p > 1
     g = tl.exp2(tl.minimum(biased - row_top, 0.0)) * row_factor
     if SYMMETRIC:
         g += tl.exp2(tl.minimum(z - key_top, 0.0)) * key_factor
-    return tl.where(is_positive, positive_value, tl.where(keep, g, 0.0))
+    return tl.where(is_positive, positive_value, g)
 
 
 @triton.jit

@@ -294,6 +294,16 @@ def test_doctor_says_how_ranking_runs():
     assert "ranking   by torch, many times slower than the C++ extension, which was not built; install" in without
 
 
+def test_doctor_says_why_triton_does_not_launch():
+    from karma_fast.commands.doctor import examine, to_text
+
+    found = examine()
+    assert found["gpus"] or found["triton_problem"] is None
+    without = to_text(found | {"triton_problem": "which cannot launch kernels here (...): install a C compiler"})
+    assert "kernels   by plain torch, slower than Triton, which cannot launch kernels here (...): install" in without
+    assert "kernels   " not in to_text(found | {"triton_problem": None})
+
+
 def test_doctor_without_a_needed_package(capsys, monkeypatch):
     from karma_fast.commands import doctor
 

@@ -1,6 +1,10 @@
 """The chunked implementation against the definition, and the operator under autograd, torch.compile and the rest."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -355,6 +359,51 @@ def test_products_with_float32_sums_on_a_gpu(dtype, card, setting, narrow, monke
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
     kinds = (dtype, dtype) if narrow else (torch.float32, torch.float32)
     assert simulation.formed == [(name, narrow, *kinds) for name in ("mm", "mm", "addmm")]
+
+
+NO_TRITON = """
+import sys, warnings
+from types import SimpleNamespace
+import torch
+from karma_kernels import info_nce, soft_prompt
+from karma_kernels.info_nce import check_fused, routing
+from karma_kernels.ranks import on_gpu
+from karma_kernels.soft_prompt import checks, routing as prompts
+
+torch.cuda.is_available, torch.version.cuda = lambda: True, "12.8"
+torch.cuda.get_device_capability = lambda index: (9, 0)
+gpu, many = torch.device("cuda", 0), 1 << 13
+x = SimpleNamespace(device=gpu, dtype=torch.bfloat16, shape=(many, 64))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    print(routing.route(many, many, torch.bfloat16, gpu), routing.module_of("chunked", gpu, torch.float32),
+          prompts.route(torch.bfloat16, 100, 576, gpu), on_gpu(x), len(said))
+for check in (check_fused, checks.check_fused):
+    try:
+        check(x)
+    except RuntimeError as error:
+        print(error)
+print(said[0].message)
+"""
+
+
+@pytest.mark.parametrize("environment,reason", [
+    ({"PATH": ""}, "RuntimeError: Failed to find C compiler"),
+    ({"CC": "false"}, "CalledProcessError: Command '['false'"),
+    ({"TRITON_CACHE_DIR": "/dev/null/cache"}, "NotADirectoryError")])
+def test_where_triton_cannot_launch_others_serve(environment, reason, tmp_path):
+    """As on a GPU without a C compiler or Python's headers: slower, not broken; "fused" says why."""
+    pytest.importorskip("triton")
+    folders = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    known = {name: x for name, x in os.environ.items() if name != "CC"}
+    done = subprocess.run([sys.executable, "-c", NO_TRITON], text=True, capture_output=True, timeout=120,
+                          env=known | folders | {"PYTHONPATH": str(Path(routing.__file__).parents[2])} | environment)
+    assert done.returncode == 0, done.stderr
+    first, *errors, warning = done.stdout.splitlines()
+    assert first == "chunked chunked chunked False 1"
+    assert len(errors) == 2 and all("backend 'fused' needs Triton, which cannot launch" in x for x in errors)
+    assert all(reason in x and "gcc, python3-dev" in x and "take backend='chunked'" in x for x in errors)
+    assert warning.startswith("plain torch serves instead of Triton, which cannot launch") and reason in warning
 
 
 def test_automatic_choice():

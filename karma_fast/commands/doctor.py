@@ -74,11 +74,13 @@ def pip_install(spec: str) -> str:
 def look_at_hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     out: dict[str, Any] = {"cpu": "", "cpu_features": [], "cores": cores, "memory_bytes": memory_bytes(), "gpus": [],
-                           "compute_dtype": None, "ranking": [], "ranking_problem": None}
+                           "compute_dtype": None, "ranking": [], "ranking_problem": None, "triton_problem": None}
     try:
         import torch
     except ImportError:
         return out
+    from karma_kernels.info_nce.routing import triton_problem
+
     from ..evaluation.catalogue import ABSENCE, paths
     from ..model.backbone import compute_dtype
     from .common import cpu_name
@@ -91,6 +93,8 @@ def look_at_hardware() -> dict[str, Any]:
         facts = torch.cuda.get_device_properties(index)
         out["gpus"].append({"name": facts.name, "memory_bytes": facts.total_memory,
                             "capability": f"{facts.major}.{facts.minor}"})
+    if out["gpus"]:
+        out["triton_problem"] = triton_problem() or None
     device = torch.device("cuda" if out["gpus"] else "cpu")
     return out | {"compute_dtype": str(compute_dtype(device)).removeprefix("torch.")}
 
@@ -133,6 +137,8 @@ def to_text(found: dict[str, Any]) -> str:
         lines.append(f"ranking   in C++: {', '.join(found['ranking'])}")
     elif found["ranking_problem"]:
         lines.append("ranking   by torch, many times slower than the C++ extension, which " + found["ranking_problem"])
+    if found["triton_problem"]:
+        lines.append(f"kernels   by plain torch, slower than Triton, {found['triton_problem']}")
     lines += [f"computes  in {found['compute_dtype'] or 'nothing: torch is missing'}",
               f"cache     {found['cache']['folder']}, {size(found['cache']['bytes'])}"]
     lines += [f"backbone  {name}: {state}" for name, state in found["backbones"].items()]

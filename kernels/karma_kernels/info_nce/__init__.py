@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from ..numerics import compute_dtype
 from . import op
 from .reference import info_nce_rows
-from .routing import forms_gradients, has_triton, module_of, route
+from .routing import forms_gradients, module_of, route, triton_problem
 
 __all__ = ["info_nce"]
 
@@ -64,8 +64,8 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes, devices or options; on a CPU also labels out of range, and
             repeated ones with ``symmetric``. On other devices, and in a compiled function, these give NaN, so that
-            nothing has to wait for a check. RuntimeError: "fused" without a CUDA device or without Triton; derivatives
-            that only "reference" has.
+            nothing has to wait for a check. RuntimeError: "fused" without a CUDA device, or where Triton cannot launch
+            kernels; derivatives that only "reference" has.
 
     Example:
         >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -189,9 +189,8 @@ def transformed(*tensors: Tensor | float | None) -> bool:
 
 
 def check_fused(query: Tensor) -> None:
-    if not has_triton():
-        raise RuntimeError("backend 'fused' needs Triton, which is not installed: pip install triton, or take "
-                           "backend='chunked' or 'auto'")
+    if problem := triton_problem():
+        raise RuntimeError(f"backend 'fused' needs Triton, {problem}, or take backend='chunked' or 'auto'")
     from .launch import INTERPRETED  # imports triton
 
     if INTERPRETED:

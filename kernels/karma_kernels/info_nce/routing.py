@@ -1,12 +1,14 @@
 """Which implementation ``backend="auto"`` takes, and how the work is cut, as arithmetic and data.
 
-Nothing here imports Triton, so that a compiled function can decide without leaving its graph.
+Nothing here imports Triton, but for a constant, so that a compiled function can decide without leaving its graph.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+import warnings
 
 import torch
 
@@ -19,9 +21,38 @@ PLAIN_SCORES = {"cpu": 1 << 17, "cuda": 1 << 17}
 LIBRARY_ONE_PASS_ROWS = 1024  # as in chunked, on a GPU
 
 
+@functools.cache
+def triton_problem() -> str:
+    """Why Triton launches nothing here, and what to do; "" where it does.
+
+    Before its first launch Triton compiles C code on this machine: where there is a GPU, that is tried here.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "which is not installed: pip install triton"
+    if torch.cuda.is_available():
+        try:
+            from triton.backends import backends
+
+            # a driver of its own: the one that launches keeps torch's functions as it finds them, maybe simulated ones
+            backends["nvidia" if torch.version.hip is None else "amd"].driver().utils  # noqa: B018
+        except Exception as error:  # no compiler, no headers, no libcuda, a cache that cannot be written, ...
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return (f"which cannot launch kernels here ({reason}): install a C compiler and Python's headers (on "
+                    "Debian: gcc, python3-dev), make TRITON_CACHE_DIR a folder that can be written")
+    return ""
+
+
+@functools.cache
+def serves() -> bool:
+    if problem := triton_problem():
+        warnings.warn(f"plain torch serves instead of Triton, {problem}", stacklevel=2)
+    return not problem
+
+
 @torch.compiler.assume_constant_result
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton can launch kernels; if not, a warning says so once."""
+    return serves()
 
 
 @torch.compiler.assume_constant_result

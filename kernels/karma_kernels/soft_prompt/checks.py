@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from ..info_nce.routing import has_triton
+from ..info_nce.routing import triton_problem
 from .routing import WIDEST, fits
 
 BACKENDS = ("auto", "reference", "chunked", "fused")
@@ -99,9 +99,8 @@ def check_backend(backend: str, table: Tensor, token_norm: float | Tensor) -> No
 
 
 def check_fused(table: Tensor) -> None:
-    if not has_triton():
-        raise RuntimeError("backend 'fused' needs Triton, which is not installed: pip install triton, or take "
-                           "backend='chunked' or 'auto'")
+    if problem := triton_problem():
+        raise RuntimeError(f"backend 'fused' needs Triton, {problem}, or take backend='chunked' or 'auto'")
     from ..info_nce.launch import INTERPRETED  # imports triton
 
     if INTERPRETED:

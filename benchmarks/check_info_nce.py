@@ -50,10 +50,11 @@ def draw(shape: tuple[int, int, int], dtype: torch.dtype, flags: frozenset[str],
     tensors = {"query": query.to(dtype), "key": key.to(dtype), "scale": 4 + 8 * torch.rand((), generator=g)}
     if "log_q" in flags:
         tensors["log_q"] = torch.rand(keys, generator=g) * 6 - 9
-    ids = torch.randint(max(2, keys // 3), (keys,), generator=g)
+    chance = random.Random(seed)
+    reduction, kinds = chance.choice(REDUCTIONS), chance.choice(((), (2,)))  # one id of a key, or two
+    ids = torch.randint(max(2, keys // 3), (keys, *kinds), generator=g)
     fixed = {"labels": labels, "key_ids": ids if "ids" in flags else None, "symmetric": "symmetric" in flags,
              "normalize": "normalize" in flags}
-    reduction = random.Random(seed).choice(REDUCTIONS)
     return Problem({k: x.to(device) for k, x in tensors.items()},
                    {k: x.to(device) if isinstance(x, Tensor) else x for k, x in fixed.items()}, reduction,
                    torch.randn((rows,) if reduction == "none" else (), generator=g).to(device))
@@ -99,6 +100,7 @@ def combinations(rounds: int) -> Iterator[tuple[tuple[int, int, int], torch.dtyp
     """Every dtype and set of flags once a round, each time with another shape."""
     kinds = [(dtype, frozenset(f for f, on in zip(FLAGS, bits, strict=True) if on))
              for bits in itertools.product((False, True), repeat=len(FLAGS)) for dtype in DTYPES]
+    random.Random(0).shuffle(kinds)  # so that little time still sees each of them
     for at in range(rounds):
         for number, (dtype, flags) in enumerate(kinds):
             yield SHAPES[(number * 7 + at * 3) % len(SHAPES)], dtype, flags

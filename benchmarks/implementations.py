@@ -88,13 +88,19 @@ def dense_loss(query: Tensor, key: Tensor, labels: Tensor | None, scale: float |
         pair_ids = key_ids[labels]
         query_ids = pair_ids if query_ids is None else query_ids
         others = labels.unsqueeze(1) != torch.arange(len(key), device=key.device)
-        logits = logits.masked_fill((query_ids.unsqueeze(1) == key_ids) & others, -torch.inf)
+        logits = logits.masked_fill(same_item(query_ids, key_ids) & others, -torch.inf)
     loss = F.cross_entropy(logits, labels, reduction=reduction)
     if not symmetric:
         return loss
     if key_ids is not None:
-        back = back.masked_fill((query_ids.unsqueeze(1) == pair_ids) & (own.unsqueeze(1) != own), -torch.inf)
+        back = back.masked_fill(same_item(query_ids, pair_ids) & (own.unsqueeze(1) != own), -torch.inf)
     return (loss + F.cross_entropy(back.T, own, reduction=reduction)) / 2
+
+
+def same_item(query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """(B,), (N,) ids, or (B, 2), (N, 2) of two kinds -> (B, N), whether those of either kind are equal."""
+    equal = query_ids.unsqueeze(1) == key_ids
+    return equal if key_ids.ndim == 1 else equal.any(-1)
 
 
 def dense(inputs: Inputs, function: Callable[..., Tensor] = dense_loss) -> Tensor:

@@ -309,14 +309,19 @@ def test_plot_shows_square_cases_of_one_width():
     assert lines["karma auto"] == [(4096, 2.0, 10.0), (8192, 8.0, 40.0)]
 
 
-def draw(dtype=torch.float32, flags=("labels", "ids", "log_q", "symmetric")):
-    return check_info_nce.draw((33, 47, 64), dtype, frozenset(flags), 0, "cpu")
+def draw(dtype=torch.float32, flags=("labels", "ids", "log_q", "symmetric"), seed=0):
+    return check_info_nce.draw((33, 47, 64), dtype, frozenset(flags), seed, "cpu")
 
 
 @pytest.mark.parametrize("dtype", check_info_nce.DTYPES, ids=str)
 def test_check_passes_what_is_right(dtype):
-    worst, failure = check.check(draw(dtype), info_nce)
-    assert failure == "" and worst < 1
+    kinds = []
+    for seed in range(4):
+        problem = draw(dtype, seed=seed)
+        kinds.append(problem.fixed["key_ids"].ndim)
+        worst, failure = check.check(problem, info_nce)
+        assert failure == "" and worst < 1
+    assert {1, 2} == set(kinds)
 
 
 def coarse(query, key, **options):  # products with 10 bits, as TF32 has them
@@ -346,6 +351,9 @@ def test_check_covers_every_combination():
     kinds = [(dtype, flags) for _, dtype, flags in check_info_nce.combinations(1)]
     assert len(kinds) == len(set(kinds)) == 32 * len(check_info_nce.DTYPES)
     assert {shape for shape, _, _ in check_info_nce.combinations(1)} == set(check_info_nce.SHAPES)
+    soon = list(check_info_nce.combinations(1))[:16]  # what a short time sees
+    assert set().union(*(flags for _, _, flags in soon)) == set(check_info_nce.FLAGS)
+    assert {dtype for _, dtype, _ in soon} == set(check_info_nce.DTYPES)
 
 
 def counting(kind="plain", shape=(33, 300, 64), dtypes=check_ranks.DTYPES[0]):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from karma_fast import KarmaTrainer, KarmaTrainingArguments
 from karma_fast.config import ConfigError
 from karma_fast.data.schema import Items
+from karma_fast.losses import bpr
 from karma_fast.losses.bpr import BPRLoss
 from karma_fast.model.backbone import causal_lm, decoder_layers
 from karma_fast.recipes import load_model
@@ -263,14 +264,15 @@ def test_bpr_is_its_definition():
     query, key = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 6))
     labels, ids = torch.tensor([0, 1, 2, 5, 5]), torch.tensor([1, 2, 3, 4, 1, 6])
     loss = BPRLoss(scale=2.0).double()
-    scores = 2 * query @ key.T
+    scores = loss.scale * query @ key.T
     rows = []
     for i, label in enumerate(labels):
         negatives = [j for j in range(6) if ids[j] != ids[label]]
         losses = torch.stack([-F.logsigmoid(scores[i, label] - scores[i, j]) for j in negatives])
         weights = torch.tensor([1 / ids.tolist().count(ids[j]) for j in negatives], dtype=torch.float64)
         rows.append((losses * weights).sum() / weights.sum())  # two keys of one item count as one
-    torch.testing.assert_close(loss(query, key, labels, ids).double(), torch.stack(rows).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(query, key, labels, ids), torch.stack(rows).mean(), rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(lambda *x: loss(*x, labels, ids), (query, key))
 
 
 def test_bpr_in_blocks_gives_the_same(monkeypatch):
@@ -286,15 +288,35 @@ def test_bpr_in_blocks_gives_the_same(monkeypatch):
     torch.testing.assert_close(found[0], found[1])
     alone = loss(query[:1], key[:1], labels[:1], torch.zeros(1, dtype=torch.int64))
     assert alone.item() == 0
-    for wrong in ((query, key[:, :2], labels, torch.arange(9)), (query, key, labels[:2], torch.arange(9))):
+    for wrong in ((query, key[:, :2], labels, torch.arange(9)), (query, key, labels[:2], torch.arange(9)),
+                  (query, key, labels - 1, torch.arange(9)), (query, key, labels + 3, torch.arange(9)),
+                  (query, key, labels, torch.zeros(9, 2, dtype=torch.int64))):
         with pytest.raises(ValueError, match="needed"):
             loss(*wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_a_wrong_label_of_bpr_is_no_item_of_another_process(wrong, monkeypatch):
+    """As on a GPU, where the values of labels are not looked at; the other process has as many queries and keys."""
+    torch.manual_seed(0)
+    query, key, ids = torch.randn(7, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), torch.arange(9)
+    monkeypatch.setattr(bpr, "check_inputs", lambda *_: None, raising=False)
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
+        monkeypatch.setattr(bpr.dist, name, lambda value=value: value)
+    monkeypatch.setattr(bpr, "batch_sizes", lambda *_: torch.tensor([[7, 9], [7, 9]]))
+    monkeypatch.setattr(bpr, "gather_rows", lambda x, sizes: torch.cat([x, x]))
+    loss, labels = BPRLoss(gather=True), torch.arange(7)
+    assert loss(query, key, labels, ids).isfinite()
+    found = loss(query, key, labels.where(labels != 3, wrong), ids)
+    assert found.isnan() and all(x.isnan().all() for x in torch.autograd.grad(found, (query, key)))
 
 
 def test_bpr_under_autocast():
     torch.manual_seed(0)
     query, key, labels, ids = torch.randn(7, 4), torch.randn(9, 4), torch.arange(7), torch.arange(9)
     loss, half = BPRLoss(), query.bfloat16().requires_grad_()
+    exact = loss(half.double(), key.bfloat16().double(), labels, ids)  # products are not rounded to bfloat16
+    torch.testing.assert_close(loss(half, key.bfloat16(), labels, ids).double(), exact, rtol=1e-6, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         found, mixed = loss(query, key, labels, ids), loss(half, key, labels, ids)
     assert torch.equal(found, loss(query, key, labels, ids))

@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from karma_kernels.info_nce import check_inputs
+from karma_kernels.numerics import compute_dtype
+
 from .info_nce import batch_sizes, gather_rows, in_one_dtype
 from .scaled import ScaledLoss
 
@@ -41,7 +44,9 @@ class BPRLoss(ScaledLoss):
     +------------+------------------------------------------------------------------------------+
 
     Returns:
-        the mean over the queries, (). A query without a negative counts 0. Autocast does not change it.
+        the mean over the queries, (): float64 for float64 inputs, else float32; half precision is computed in
+        float32, and autocast does not change it. A query without a negative counts 0. Labels out of range raise a
+        ValueError on a CPU and give NaN on other devices.
 
     Example:
         >>> loss = BPRLoss(scale=1.0)
@@ -56,33 +61,35 @@ class BPRLoss(ScaledLoss):
         self.gather = gather
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor) -> Tensor:
-        if query.ndim != 2 or key.ndim != 2 or query.shape[1] != key.shape[1]:
-            raise ValueError(f"query, key: got {tuple(query.shape)} and {tuple(key.shape)}; (B, D) and (N, D) are "
-                             "needed")
-        if labels.shape != query.shape[:1] or key_ids.shape != key.shape[:1]:
-            raise ValueError(f"labels, key_ids: got {tuple(labels.shape)} and {tuple(key_ids.shape)}; "
-                             f"({len(query)},) and ({len(key)},) are needed")
         query, key = in_one_dtype(query, key)
+        check_inputs(query, key, labels, None, key_ids)
+        if key_ids.ndim != 1:
+            raise ValueError(f"key_ids: got shape {tuple(key_ids.shape)}; ({len(key)},) is needed")
+        bad = ((labels < 0) | (labels >= len(key))).any()  # a wrong label must not become another process's item
+        labels = labels.long().clamp(0, max(len(key) - 1, 0))
         total, processes = len(query), 1
         if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sizes = batch_sizes(query, key, None, key_ids, None)
             labels = labels + int(sizes[:dist.get_rank(), 1].sum())
             key, key_ids = gather_rows(key, sizes[:, 1]), gather_rows(key_ids, sizes[:, 1])
             total, processes = int(sizes[:, 0].sum()), len(sizes)
+        dtype = compute_dtype(query.dtype)
+        query, key = query.to(dtype), key.to(dtype)
         ordered = key_ids.sort().values  # `unique` would make the host wait for a GPU
-        weights = 1 / (torch.searchsorted(ordered, key_ids, right=True) - torch.searchsorted(ordered, key_ids))
-        rows = max(1, BLOCK_BYTES // (4 * max(1, len(key))))
+        copies = torch.searchsorted(ordered, key_ids, right=True) - torch.searchsorted(ordered, key_ids)
+        weights = copies.to(dtype).reciprocal()
+        rows = max(1, BLOCK_BYTES // (dtype.itemsize * max(1, len(key))))
         parts = [checkpoint(self._sum, q, key, label, key_ids, weights, self.scale, use_reentrant=False)
                  for q, label in zip(query.split(rows), labels.split(rows), strict=True)]
-        return torch.stack(parts).sum() * (processes / max(total, 1))
+        return torch.stack(parts).sum() * (processes / max(total, 1)) * torch.where(bad, torch.nan, 1.0).to(dtype)
 
     @staticmethod
     def _sum(query: Tensor, key: Tensor, labels: Tensor, key_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            scores = scale * (query @ key.T).float()
-        negative = (key_ids != key_ids[labels][:, None]) * weights
-        losses = F.softplus(scores - scores.gather(1, labels[:, None])) * negative
-        return (losses.sum(dim=1) / negative.sum(dim=1).clamp_min(1)).sum()
+            scores = scale * (query @ key.T)
+            negative = (key_ids != key_ids[labels][:, None]) * weights
+            losses = F.softplus(scores - scores.gather(1, labels[:, None])) * negative
+            return (losses.sum(dim=1) / negative.sum(dim=1).clamp_min(1)).sum()
 
     def extra_repr(self) -> str:
         return f"scale={self.scale.item():.4g}, max_scale={self.max_scale:g}, gather={self.gather}"

@@ -15,6 +15,7 @@ from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.data.words import word_vectors
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
+from karma_fast.losses import frozen_decoder_loss
 from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
@@ -454,6 +455,14 @@ def test_adapters_come_back_after_the_decoder_pass(tiny_config, tiny_data, tmp_p
     assert all(p.requires_grad for n, p in model.backbone.named_parameters() if "lora_" in n)
     with adapters_off(model.backbone):
         assert not torch.equal(before, model.encode_users(history))
+
+
+def test_the_decoders_loss_has_no_second_derivative():
+    x = torch.ones(2, requires_grad=True)
+    loss = frozen_decoder_loss(x, lambda x: (x * x).sum()) ** 2
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_more_decoded_pairs_than_a_window_has_change_nothing(tiny_config, tiny_data, tmp_path):

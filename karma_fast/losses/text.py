@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +91,7 @@ class _GradientAtOnce(torch.autograd.Function):
         return loss.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
         return (upstream * gradient).to(gradient.dtype), None

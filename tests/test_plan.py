@@ -358,6 +358,35 @@ def test_the_loss_takes_what_is_counted_for_it(rows, keys, width, dtype, symmetr
             assert most_of(simulation) <= 1.05 * predicted(query.nbytes + key.nbytes, 15)
 
 
+def simulated_loss(rows: int, keys: int, width: int, dtype: torch.dtype, multiprocessors: int, workspace_bytes: int,
+                   monkeypatch) -> tuple:
+    """Modules, a problem and what its backward needs, within a simulation, with kernels that do nothing."""
+    from karma_kernels.info_nce import fused, launch, op, staged
+
+    for module in (fused, launch, staged):
+        monkeypatch.setattr(module, "kernels", Silent())
+    card = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    query, key = (torch.empty(n, width, dtype=dtype, device="cuda") for n in (rows, keys))
+    x = op.problem(query, key, torch.arange(rows, device="cuda"), torch.ones((), device="cuda"), None, None, None,
+                   False, False, workspace_bytes)
+    return x, torch.empty(3, rows, device="cuda"), torch.empty(rows, device="cuda")
+
+
+def test_the_parts_of_one_side_alone_fill_the_workspace(monkeypatch):
+    """Many parts of few rows: those of the queries are gone before those of the keys come."""
+    pytest.importorskip("triton")
+    from karma_kernels.info_nce import fused
+    from karma_kernels.info_nce.problem import Wanted
+
+    rows, width, workspace_bytes = 4096, 128, 8 << 20
+    with Simulation("cuda", (9, 0)).entered() as simulation:
+        x = simulated_loss(rows, rows, width, torch.bfloat16, 132, workspace_bytes, monkeypatch)
+        simulation.forget()
+        fused.backward(*x, Wanted(True, True, True, False))
+        assert 0.9 * workspace_bytes < most_of(simulation) <= workspace_bytes + 2 * 2 * rows * width + 200 * rows
+
+
 def test_what_an_operator_takes_and_its_outputs_are_in_use_together():
     def peak(device: str, places: int) -> int:
         with Simulation(device).entered() as simulation:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import configs
 from . import triton_kernels as kernels
-from .launch import Factors, Launch, Running, finish_all, parts_of
+from .launch import Factors, Launch, Running, finish_all, finish_keys, finish_queries, parts_of
 from .problem import Gradients, Problem, Wanted, pieces
 from .staged import Accumulators, add_tile
 
@@ -37,9 +37,12 @@ def backward(x: Problem, saved: Tensor, weights: Tensor, wanted: Wanted) -> Grad
     p = Launch.of(x)
     f = Factors.of(p, saved, weights, p.up())
     if configs.rows(p.query.device, p.query.dtype, p.query.shape[1]) is not None:
-        query = row_gradient(p, f, True, False)[0] if wanted.over_query else None
-        key, log_q = row_gradient(p, f, False, wanted.log_q) if wanted.over_key else (None, None)
-        return finish_all(p, f, wanted, query, key, log_q, x.query.dtype)
+        out = Gradients()  # one side after the other: the parts of either may fill the workspace
+        if wanted.over_query:
+            finish_queries(p, f, wanted, row_gradient(p, f, True, False)[0], x.query.dtype, out)
+        if wanted.over_key:
+            finish_keys(p, f, wanted, *row_gradient(p, f, False, wanted.log_q), x.query.dtype, out)
+        return out
     sums = Accumulators.of(p, wanted)
     config = configs.tiles(p.query.device, p.query.dtype, x.plain)[1]
     (rows, keys), space = (x.query.shape[0], x.key.shape[0]), x.workspace_bytes // x.query.itemsize

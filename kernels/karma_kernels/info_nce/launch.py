@@ -251,10 +251,20 @@ def finish_all(p: Launch, f: Factors, wanted: Wanted, query_sums: Tensor | None,
     """(parts, rows, D) sums of G y of both sides and (N,) sums of G over the queries -> gradients in ``dtype``."""
     out = Gradients()
     if query_sums is not None:
-        out.query, out.scale = finish(p, f, p.query, p.query_norm, query_sums, wanted.scale, dtype)
+        finish_queries(p, f, wanted, query_sums, dtype, out)
     if key_sums is not None:
-        out.key, scale = finish(p, f, p.key, p.key_norm, key_sums, wanted.scale and query_sums is None, dtype)
-        out.scale = scale if out.scale is None else out.scale
+        finish_keys(p, f, wanted, key_sums, log_q, dtype, out)
+    return out
+
+
+def finish_queries(p: Launch, f: Factors, wanted: Wanted, sums: Tensor, dtype: torch.dtype, out: Gradients) -> None:
+    out.query, out.scale = finish(p, f, p.query, p.query_norm, sums, wanted.scale, dtype)
+
+
+def finish_keys(p: Launch, f: Factors, wanted: Wanted, sums: Tensor, log_q: Tensor | None, dtype: torch.dtype,
+                out: Gradients) -> None:
+    """After the queries: where these gave the gradient of the scale, it is not formed again."""
+    out.key, scale = finish(p, f, p.key, p.key_norm, sums, wanted.scale and out.scale is None, dtype)
+    out.scale = scale if out.scale is None else out.scale
     if wanted.log_q:
         out.log_q = -log_q * f.multiplier
-    return out

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -361,6 +362,17 @@ def test_products_with_float32_sums_on_a_gpu(dtype, card, setting, narrow, monke
     assert simulation.formed == [(name, narrow, *kinds) for name in ("mm", "mm", "addmm")]
 
 
+@pytest.mark.parametrize("rows,keys,width", [(256, 1_000_000, 768), (1_000_000, 16, 768), (5000, 5000, 4096),
+                                             (3, 7, 5)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 64 << 20])
+def test_what_is_converted_for_products_is_within_the_workspace(rows, keys, width, symmetric, workspace_bytes):
+    tile_rows, tile_keys, _ = routing.library_tile(rows, keys, 2, symmetric, workspace_bytes, width)
+    scores = tile_rows * tile_keys * (10 + symmetric)  # in float32, the gradient in both dtypes, of keys by blocks
+    assert scores <= workspace_bytes // 2 and 4 * width * max(tile_rows, tile_keys) <= workspace_bytes // 4
+    assert 0 < tile_rows <= rows and 0 < tile_keys <= keys
+
+
 NO_TRITON = """
 import sys, warnings
 from types import SimpleNamespace
@@ -404,6 +416,24 @@ def test_where_triton_cannot_launch_others_serve(environment, reason, tmp_path):
     assert len(errors) == 2 and all("backend 'fused' needs Triton, which cannot launch" in x for x in errors)
     assert all(reason in x and "gcc, python3-dev" in x and "take backend='chunked'" in x for x in errors)
     assert warning.startswith("plain torch serves instead of Triton, which cannot launch") and reason in warning
+
+
+def test_compiled_functions_ask_for_triton_and_conversions(monkeypatch):
+    """What decides does not break the graph, though one of them is cached and runs other programs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: False)
+    gpu = torch.device("cuda", 0)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def chosen(x):
+        formed = routing.forms_gradients(8, 1 << 20, 768, x.dtype, gpu, False, False, "library", 64 << 20)
+        return x + 1 if routing.has_triton() and formed else x - 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = routing.has_triton()
+        narrow, wide = (chosen(torch.zeros(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    assert (narrow == -1).all() and (wide == (1 if kept else -1)).all()
 
 
 def test_automatic_choice():

@@ -387,6 +387,28 @@ def test_the_parts_of_one_side_alone_fill_the_workspace(monkeypatch):
         assert 0.9 * workspace_bytes < most_of(simulation) <= workspace_bytes + 2 * 2 * rows * width + 200 * rows
 
 
+def test_the_loss_converts_narrow_numbers_within_its_workspace(monkeypatch):
+    """Where torch would add the products of float16 in float16: both sides in float32 would be 3 GB here."""
+    pytest.importorskip("triton")
+    from karma_kernels.info_nce import library
+    from karma_kernels.info_nce.problem import Wanted
+
+    rows, keys, width, workspace_bytes = 2000, 1_000_000, 768, 64 << 20
+    both = rows + keys
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        with Simulation("cuda", (9, 0)).entered() as simulation:
+            x = simulated_loss(rows, keys, width, torch.float16, 132, workspace_bytes, monkeypatch)
+            simulation.forget()
+            library.forward(x[0], Wanted(False, False, False, False))
+            assert most_of(simulation) <= workspace_bytes + 40 * both
+            simulation.forget()
+            library.backward(*x, Wanted(True, True, True, False))
+            assert most_of(simulation) <= workspace_bytes + (2 + 4) * both * width + 40 * both
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
 def test_what_an_operator_takes_and_its_outputs_are_in_use_together():
     def peak(device: str, places: int) -> int:
         with Simulation(device).entered() as simulation:

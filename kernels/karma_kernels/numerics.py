@@ -11,28 +11,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def adds_wider(a: Tensor) -> bool:
-    """Whether torch multiplies narrow numbers such as those of a with sums in float32; if not, convert them first."""
-    if a.device.type != "cuda":
-        return a.device.type != "cpu"
+def adds_wider(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies such narrow numbers with sums in float32; if not, convert them first."""
+    if device.type != "cuda":
+        return device.type != "cpu"
     # it refuses to while it tunes products, or may add those of float16 in float16, and for bfloat16 on older cards
     if torch.cuda.tunable.is_enabled():
         return False
-    if a.dtype == torch.float16:
+    if dtype == torch.float16:
         return not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return torch.cuda.get_device_capability(a.device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """(R, K) and (K, C) -> (R, C) ``a @ b`` with the sums in ``dtype``, which ``out`` has too if given."""
-    if a.dtype == dtype or not adds_wider(a):
+    if a.dtype == dtype or not adds_wider(a.dtype, a.device):
         return torch.mm(a.to(dtype), b.to(dtype), out=out)
     return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, added in the dtype of ``total``."""
-    if a.dtype == total.dtype or not adds_wider(a):
+    if a.dtype == total.dtype or not adds_wider(a.dtype, a.device):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -100,7 +100,7 @@ def info_nce(query: Tensor, key: Tensor, labels: Tensor | None = None, *, scale:
             gradients = 0
             module = module_of(backend, device, query.dtype)
             if not per_row and torch.is_grad_enabled() and forms_gradients(
-                    rows, *key.shape, query.dtype, symmetric, normalize, module, workspace_bytes):
+                    rows, *key.shape, query.dtype, device, symmetric, normalize, module, workspace_bytes):
                 gradients = sum(bit for bit, x in ((op.QUERY, query), (op.KEY, key), (op.SCALE, scale),
                                                    (op.LOG_Q, log_q)) if x is not None and x.requires_grad)
             loss = op.info_nce_op(query, key, labels, scale, query_ids, key_ids, log_q, symmetric, normalize, per_row,

@@ -15,7 +15,7 @@ from ..numerics import product
 from . import configs
 from .launch import Factors, Launch, Running, finish_all
 from .problem import Gradients, Problem, Wanted, pieces
-from .routing import library_tile
+from .routing import converts, library_tile
 from .staged import Accumulators, add_tile
 
 
@@ -24,8 +24,9 @@ class Tiles:
 
     def __init__(self, p: Launch) -> None:
         x = p.x
-        self.rows, self.keys, self.one_pass = library_tile(x.query.shape[0], x.key.shape[0], x.query.itemsize,
-                                                           x.symmetric, x.workspace_bytes)
+        (rows, width), keys, kind = x.query.shape, x.key.shape[0], (x.query.dtype, x.query.device)
+        self.rows, self.keys, self.one_pass = library_tile(rows, keys, x.query.itemsize, x.symmetric,
+                                                           x.workspace_bytes, width if converts(*kind) else 0)
         self.scores = p.empty(self.rows * self.keys)
         self.gradient = self.scores
         if x.query.dtype != x.dtype:

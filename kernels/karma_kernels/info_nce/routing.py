@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+from ..numerics import adds_wider
 from .chunked import Plan
 
 # Up to so many scores B N the dense reference is faster than the others. CPU: 2 threads of an AMD EPYC (AVX-512),
@@ -81,27 +82,42 @@ def module_of(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return "library" if by_triton(device, (7, 5)) else "chunked"  # the oldest that Triton compiles for
 
 
-def forms_gradients(rows: int, keys: int, width: int, dtype: torch.dtype, symmetric: bool, normalize: bool,
-                    module: str, workspace_bytes: int) -> bool:
+@torch.compiler.assume_constant_result
+def converts(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library's products on a GPU need such numbers in float32."""
+    return device.type == "cuda" and dtype.itemsize == 2 and not adds_wider(dtype, device)
+
+
+def forms_gradients(rows: int, keys: int, width: int, dtype: torch.dtype, device: torch.device, symmetric: bool,
+                    normalize: bool, module: str, workspace_bytes: int) -> bool:
     """Whether the gradient of a sum costs least in the forward: one pass over the scores instead of two."""
     if rows == 0 or module == "fused":
         return False
     if module == "library":
-        return library_tile(rows, keys, dtype.itemsize, symmetric, workspace_bytes)[2]
+        return library_tile(rows, keys, dtype.itemsize, symmetric, workspace_bytes,
+                            width if converts(dtype, device) else 0)[2]
     return Plan.of(rows, keys, width, dtype, symmetric, normalize, workspace_bytes).one_pass
 
 
-def library_tile(rows: int, keys: int, item: int, symmetric: bool, workspace_bytes: int) -> tuple[int, int, bool]:
+def library_tile(rows: int, keys: int, item: int, symmetric: bool, workspace_bytes: int,
+                 converted: int = 0) -> tuple[int, int, bool]:
     """(rows, keys) of a tile of scores, and whether whole rows fit, so that one pass does.
 
     A score takes 4 bytes, its gradient for 2-byte inputs 2 more, statistics of keys by blocks of rows up to 1.
+    ``converted``: the width of inputs that are converted to float32 for products, else 0. A quarter of the workspace
+    is for each side then, and a gradient takes 4 bytes more.
     """
-    scores = max(1, workspace_bytes // (4 + (item if item < 4 else 0) + (1 if symmetric else 0)))
-    if not symmetric and scores // keys >= min(rows, LIBRARY_ONE_PASS_ROWS):
-        return min(rows, whole_blocks(scores // keys)), keys, True
-    tile_rows = min(rows, whole_blocks(math.isqrt(scores)))
-    tile_keys = min(keys, whole_blocks(scores // tile_rows))
-    return min(rows, whole_blocks(scores // tile_keys)), tile_keys, False
+    most_rows, most_keys, score = rows, keys, 4 + (item if item < 4 else 0) + (1 if symmetric else 0)
+    if converted:
+        most = whole_blocks(workspace_bytes // 4 // (4 * converted))
+        most_rows, most_keys, score = min(rows, most), min(keys, most), score + 4
+        workspace_bytes //= 2
+    scores = max(1, workspace_bytes // score)
+    if not symmetric and most_keys == keys and min(most_rows, scores // keys) >= min(rows, LIBRARY_ONE_PASS_ROWS):
+        return min(most_rows, whole_blocks(scores // keys)), keys, True
+    tile_rows = min(most_rows, whole_blocks(math.isqrt(scores)))
+    tile_keys = min(most_keys, whole_blocks(scores // tile_rows))
+    return min(most_rows, whole_blocks(scores // tile_keys)), tile_keys, False
 
 
 def whole_blocks(n: int) -> int:

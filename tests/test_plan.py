@@ -388,12 +388,12 @@ def test_the_parts_of_one_side_alone_fill_the_workspace(monkeypatch):
 
 
 def test_the_loss_converts_narrow_numbers_within_its_workspace(monkeypatch):
-    """Where torch would add the products of float16 in float16: both sides in float32 would be 3 GB here."""
+    """Where torch would add the products of float16 in float16: whole rows of scores fit, keys in float32 do not."""
     pytest.importorskip("triton")
     from karma_kernels.info_nce import library
     from karma_kernels.info_nce.problem import Wanted
 
-    rows, keys, width, workspace_bytes = 2000, 1_000_000, 768, 64 << 20
+    rows, keys, width, workspace_bytes = 10, 1_000_000, 768, 64 << 20
     both = rows + keys
     torch.backends.cuda.matmul.allow_fp16_accumulation = True
     try:

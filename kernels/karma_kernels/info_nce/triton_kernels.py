@@ -186,16 +186,17 @@ def merge_kernel(part_top, part_rest, top, rest, parts, C, BLOCK: tl.constexpr):
 @triton.jit
 def score_gradient(z, keep, is_positive, positive_value, row_top, row_factor, key_top, key_factor, bias,
                    HAS_LOGQ: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Gradient for a tile of scores z in log2 units; statistics come with the shape they broadcast from."""
-    # as in the statistics: else the compiler forms ``products * scale - top`` in one step, without rounding z first,
-    # and large logits at the top are no longer level with it. What is not kept gives exp2(-inf) = 0
-    z = tl.where(keep, z, -float("inf"))
+    """Gradient for a tile of scores z in log2 units; statistics come with the shape they broadcast from.
+
+    z comes from a select, as in the statistics: of a product the compiler would form ``products * scale - top`` in one
+    step, without rounding z, and large logits at the top would no longer be level with it.
+    """
     biased = z - bias if HAS_LOGQ else z
     # the statistics came from other tiles, whose last bits may differ: large logits must not turn that into p > 1
     g = tl.exp2(tl.minimum(biased - row_top, 0.0)) * row_factor
     if SYMMETRIC:
         g += tl.exp2(tl.minimum(z - key_top, 0.0)) * key_factor
-    return tl.where(is_positive, positive_value, g)
+    return tl.where(is_positive, positive_value, tl.where(keep, g, 0.0))
 
 
 @triton.jit
@@ -253,6 +254,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         else:
             z *= a
         keep = x_inside[:, None] & y_inside[None, :]
+        z = tl.where(keep, z, -float("inf"))
         if HAS_IDS:
             keep = keep & differ(x_id[:, None], tl.load(y_ids + ys, mask=y_inside, other=0)[None, :])
         if QUERY_IS_X:
@@ -319,6 +321,7 @@ def gradient_tile_kernel(q, k, scores, out, log_q_out, q_factor, k_factor, scale
         z *= (row_norm * a)[:, None] * key_norm[None, :]
     else:
         z *= a
+    z = tl.where(inside, z, -float("inf"))
     is_positive = tl.load(labels + rows, mask=row_inside, other=-1).to(tl.int32)[:, None] == keys[None, :]
     keep = inside
     if HAS_IDS:

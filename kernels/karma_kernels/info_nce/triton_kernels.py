@@ -254,7 +254,6 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
         else:
             z *= a
         keep = x_inside[:, None] & y_inside[None, :]
-        z = tl.where(keep, z, -float("inf"))
         if HAS_IDS:
             keep = keep & differ(x_id[:, None], tl.load(y_ids + ys, mask=y_inside, other=0)[None, :])
         if QUERY_IS_X:
@@ -274,6 +273,7 @@ def gradient_rows_kernel(x, y, out, log_q_out, x_norm, y_norm, scale, labels, x_
                 factor_k = tl.load(key_factor + ys, mask=y_inside, other=0.0)[None, :]
             else:
                 top_k, factor_k = x_top, x_scale
+        z = tl.where(keep, z, -float("inf"))
         if LOGQ_GRAD:
             own = tl.load(row_value + ys, mask=y_inside, other=0.0)[None, :]
             g = score_gradient(z, keep, is_positive, own, top_r, factor_r, top_k, factor_k, bias, HAS_LOGQ, False)

@@ -238,9 +238,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     plan.add_argument("--model", metavar="M", help="local folder, hub id or known name (model.backbone)")
     plan.add_argument("--gpu-memory", metavar="12GB", help="memory of a GPU, taken to have bfloat16; GB are 10^9 "
                       "bytes, GiB 2^30 (default: the first GPU here, with its own compute capability)")
-    plan.add_argument("--batch-size", type=whole, metavar="PAIRS",
+    plan.add_argument("--batch-size", type=whole_or_word, metavar="PAIRS",
                       help="query-target pairs that compete in a step on one GPU (training.batch_size)")
-    plan.add_argument("--chunk-size", type=whole_or_auto, metavar="WINDOWS",
+    plan.add_argument("--chunk-size", type=whole_or_word, metavar="WINDOWS",
                       help="read at once (training.chunk_size); default, as auto: the largest that fits")
     select = add("select", "select", "choose training requests evenly over kinds of users and items, as RA-Rec does",
                  "examples:\n  karma-fast select shop.yaml --share 0.06 --overlap --output chosen.csv\n\nTraining "
@@ -265,8 +265,9 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def whole_or_auto(text: str) -> int | str:
-    return text if text == "auto" else whole(text)
+def whole_or_word(text: str) -> int | str:
+    """Like `whole`; ``auto`` and ``none`` are for the setting of that name to take or to refuse."""
+    return text if text in ("auto", "none") else whole(text)
 
 
 def section_help(section: type) -> str:

@@ -49,7 +49,9 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
                 return convert(name, value, candidate)
             except ConfigError as error:
                 problems.append(error)
-        raise problems[0]
+        words = [str(word) for part in args if typing.get_origin(part) is Literal
+                 for word in typing.get_args(part) if word is not False]
+        raise ConfigError(", or ".join([str(problems[0]), *words]))
     if args == (False,):  # beside a column's name
         if str(value).lower() == "false":
             return False

@@ -18,6 +18,7 @@ from . import __version__
 from .checkpoints import checkpoints, last_checkpoint, remove_stale
 from .commands.common import device_name
 from .config import ConfigError, DataConfig, ModelConfig, RunConfig, convert, unknown_key
+from .data.catalogue import vector_file
 from .data.schema import Dataset
 from .data.windows import negatives_of, training_windows
 from .model.backbone import causal_lm, compute_dtype
@@ -173,10 +174,10 @@ def keep_paths(data: DataConfig) -> None:
     """Makes the paths of the data absolute, so that config.yaml can be used from any folder."""
     for name in ("image_column", "id_vector_column"):
         value = getattr(data, name)
-        if value and value.endswith(".npy"):  # else a column; looked up as `data.catalogue` does
-            path, beside = Path(value).expanduser(), Path(data.items).expanduser().parent / value
-            if path.exists() or (data.items and beside.exists()):
-                setattr(data, name, str((path if path.exists() else beside).resolve()))
+        if value and value.endswith(".npy"):  # else a column
+            path = vector_file(value, Path(data.items).expanduser())
+            if path.exists():
+                setattr(data, name, str(path.resolve()))
     for name in ("interactions", "items"):
         value = getattr(data, name)
         setattr(data, name, str(Path(value).expanduser().resolve()) if value else "")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ import yaml
 
 from karma_fast import __version__
 from karma_fast.cli import build_parser, explain, main, split_settings
-from karma_fast.config import ConfigError, RunConfig
+from karma_fast.commands.common import model_folder
+from karma_fast.config import ConfigError, RunConfig, convert
 from karma_fast.evaluation import paths
 from karma_fast.run_setup import prepare_folder, training_settings
 
@@ -162,7 +165,7 @@ def test_the_banner_names_the_negatives_that_are_read(recipe, tiny_config, tiny_
         assert named == (recipe == "karma" and negatives is not None)
     if recipe == "ra_rec":
         config.num_negatives = 64
-        assert "negatives, and 64 drawn items" in banner(trainer, data, tmp_path)
+        assert "negatives, and 64 drawn items a process" in banner(trainer, data, tmp_path)
 
 
 def test_processes_wait_for_the_first_ranking(tiny_config, tmp_path):
@@ -719,3 +722,20 @@ def test_an_index_by_name_and_evaluations_while_training(here, capsys):
     assert len(json.loads(capsys.readouterr().out)["items"]) == 3
     assert main(["train", "shop.yaml", "--model.index", "tree"]) == 2
     assert "model.index: got 'tree'; allowed: flat, hnsw, ivf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("annotation", "value", "said"), [
+    (int | Literal["auto"] | None, "x", "got 'x'; a number is needed, or auto"),
+    (Literal[False] | str | None, 3.5j, "got 3.5j; text or false is needed")])
+def test_a_setting_of_several_kinds_names_them_all(annotation, value, said):
+    with pytest.raises(ConfigError, match=re.escape(said) + "$"):
+        convert("training.chunk_size", value, annotation)
+
+
+def test_a_folder_of_other_checkpoints_is_no_run(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(FileNotFoundError, match="no model there"):
+        model_folder(str(tmp_path))
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(FileNotFoundError, match="its training did not end"):
+        model_folder(str(tmp_path))

@@ -15,6 +15,7 @@ from karma_fast.data.schema import Dataset
 from karma_fast.data.words import tf_idf_vectors, vocabulary, word_vectors, words_of
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.warm_up import warm_up_shortcut
+from karma_fast.planning import plan_memory
 from karma_fast.planning.workload import Workload
 from karma_fast.recipes.ra_rec import Config as RaRecConfig
 from karma_fast.recipes.ra_rec.model import RaRecModel
@@ -230,3 +231,10 @@ def test_a_plan_counts_the_words(tiny_config, tiny_data, searches):
     for other, data in ((config, tiny_data), (dataclasses.replace(config, query_shortcut=False), searches),
                         (dataclasses.replace(config, text_vectors="states"), searches)):
         assert Workload.of(other, 64, data).query_words == 0
+
+
+def test_a_plan_is_of_batches_whose_queries_are_all_there(tiny_config, searches):
+    config = dataclasses.replace(tiny_config.model, **WORDS)
+    peaks = [plan_memory(dataclasses.replace(config, query_dropout=share), batch_size=8, chunk_size=4,
+                         device_type="cpu", data=searches).peak for share in (0.0, 0.9)]
+    assert peaks[0] == peaks[1]

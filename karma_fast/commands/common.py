@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoints import checkpoints
 from ..config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def model_folder(path: str) -> Path:
     for folder in (Path(path) / "model", Path(path)):
         if (folder / "config.json").is_file():
             return folder
-    if any(Path(path).glob("checkpoint-*")):
+    if checkpoints(path):
         raise FileNotFoundError(f"{path}: its training did not end, so there is no model yet; go on with "
                                 "`karma-fast train CONFIG.yaml --resume`")
     raise FileNotFoundError(f"{path}: no model there; give a run's folder, such as runs/demo, or a saved model's")

@@ -31,14 +31,14 @@ def main(args: argparse.Namespace) -> int:
     from ..planning import Unpredicted, capability_of, plan_memory, propose
     from ..run_setup import UNPLANNED_CHUNK
 
-    config.training |= {"batch_size": args.batch_size} if args.batch_size else {}
+    given = {"batch_size": args.batch_size, "chunk_size": args.chunk_size}
+    config.training |= {name: value for name, value in given.items() if value is not None}
     data = None
     if config.data.interactions or config.data.name:
         from ..data import load_dataset
 
         data = load_dataset(config.data)
     batch_size, chunk_size, optimiser = step_settings(config, data)
-    chunk_size = args.chunk_size or chunk_size
     known = {"data": data, "optimiser": optimiser}
     if args.gpu_memory is None:  # this machine's GPU is meant
         known["capability"] = capability_of(default_device())

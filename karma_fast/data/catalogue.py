@@ -126,6 +126,12 @@ def _clean(table: Table, frame: pl.DataFrame, name: str) -> pl.Series:
     return column.str.replace_all(r"\s+", " ").str.strip_chars().fill_null("")
 
 
+def vector_file(name: str, items: Path) -> Path:
+    """Where a ``.npy`` setting is looked up: as it stands, else beside the item table."""
+    path = Path(name).expanduser()
+    return path if path.exists() else items.parent / path
+
+
 def _vectors(table: Table, frame: pl.DataFrame, option: str, name: str | None,
              problems: list[DataError]) -> np.ndarray | None:
     """(N, d) float32 with NaN rows where the item has no vector; None if ``name`` is None or the vectors are bad."""
@@ -133,9 +139,7 @@ def _vectors(table: Table, frame: pl.DataFrame, option: str, name: str | None,
         return None
     known = len(problems)
     if name.endswith(".npy"):
-        path = Path(name).expanduser()
-        if not path.exists():
-            path = table.path.parent / path
+        path = vector_file(name, table.path)
         vectors = _load_npy(path, option, frame.height, problems)
 
         def where(k: int) -> str:

@@ -74,7 +74,7 @@ class Workload:
 
     def applied(self, config: KarmaConfig) -> KarmaConfig:
         """The settings under which the batches below have this workload's lengths."""
-        return dataclasses.replace(config, instruction="x" * self.instruction_tokens,
+        return dataclasses.replace(config, instruction="x" * self.instruction_tokens, query_dropout=0.0,
                                    max_query_tokens=self.query_tokens, max_text_tokens=max(1, self.text_tokens))
 
     def two_rows(self) -> dict[str, np.ndarray]:

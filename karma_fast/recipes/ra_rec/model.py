@@ -152,7 +152,7 @@ class RaRecModel(Recommender):
 
     def further_negatives(self, sequences: UserSequences) -> str:
         drawn = self.config.num_negatives
-        return f"{drawn:,} drawn item{'s' * (drawn > 1)}" if drawn else ""
+        return f"{drawn:,} drawn item{'s' * (drawn > 1)} a process" if drawn else ""
 
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> RaRecCollator:

@@ -25,15 +25,20 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted((p for p in found if p.name.removeprefix("checkpoint-").isdecimal()), key=step_of)
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether it was written to its end."""
+    return (checkpoint / COMPLETE).exists()
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
-    return next((p for p in reversed(checkpoints(folder)) if (p / COMPLETE).exists()), None)
+    return next((p for p in reversed(checkpoints(folder)) if is_complete(p)), None)
 
 
 def mark_partial(checkpoint: Path) -> None:
     """Says of a checkpoint, before it is written or removed, that it is ours and not whole."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    if (checkpoint / COMPLETE).exists():
+    if is_complete(checkpoint):
         (checkpoint / COMPLETE).replace(checkpoint / PARTIAL)
     else:
         (checkpoint / PARTIAL).touch()
@@ -52,7 +57,7 @@ def remove_older(newest: Path, best: str | Path | None, limit: int) -> None:
     """Removes the oldest complete checkpoints beyond the limit, 0 for none, but neither the newest nor the best."""
     if limit <= 0:
         return
-    found = [p for p in checkpoints(newest.parent) if (p / COMPLETE).exists()]
+    found = [p for p in checkpoints(newest.parent) if is_complete(p)]
     kept = {newest.name, Path(best or newest).name}
     spare = len(found) - max(limit, len(kept))
     for old in [p for p in found if p.name not in kept][:max(0, spare)]:
@@ -67,7 +72,7 @@ def remove_stale(folder: Path, resumed: str | Path | None, overwrite: bool) -> N
     """
     step = step_of(resumed) if resumed else 0
     for stale in checkpoints(folder):
-        left = (stale / COMPLETE).exists() and step_of(stale) > step  # of another branch
+        left = is_complete(stale) and step_of(stale) > step  # of another branch
         if (stale / PARTIAL).exists() or (left if resumed else overwrite):
             remove(stale)
     keep_log(folder / "log.jsonl", step)

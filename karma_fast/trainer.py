@@ -22,9 +22,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .callbacks import Bar, Hooks
 from .checkpoints import (
-    COMPLETE,
     PARTIAL,
     checkpoints,
+    is_complete,
     last_checkpoint,
     mark_complete,
     mark_partial,
@@ -329,7 +329,7 @@ class KarmaTrainer(Trainer):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         step = self.state.global_step
-        saved = (Path(self.args.output_dir) / f"checkpoint-{step}" / COMPLETE).exists()
+        saved = is_complete(Path(self.args.output_dir) / f"checkpoint-{step}")
         if step == 0 or saved or error.part == "optimiser" or self.args.world_size > 1:
             return
         set_random_state(self.random_state, self.model.device)

@@ -72,6 +72,13 @@ def test_other_families_stay_as_they_were(family):
     torch.testing.assert_close(run_packed(model, x, packed), alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_state_that_half_precision_hides_is_seen_by_its_convolution():
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 64, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4,
+             "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "initializer_range": 0.02}
+    model = tiny("jamba", SMALL | HEADS | sizes, "sdpa").to(torch.bfloat16)
+    assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_both_blocks_are_causal_attention(window, groups):

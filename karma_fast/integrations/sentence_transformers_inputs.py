@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..processes import several
+
 NO_ID = torch.iinfo(torch.int64).min  # of a candidate that is dropped from no row
 
 
@@ -49,6 +51,6 @@ def item_ids(labels: Tensor | None, rows: int, columns: int, device: torch.devic
 @torch.no_grad()
 def average_gradient(parameter: Tensor) -> None:
     """Mean over the processes; what was accumulated before is equal on all and stays as it is."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several():
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from karma_kernels.info_nce import check_inputs
 from karma_kernels.numerics import compute_dtype
 
+from ..processes import several
 from .info_nce import batch_sizes, gather_rows, in_one_dtype
 from .scaled import ScaledLoss
 
@@ -68,7 +69,7 @@ class BPRLoss(ScaledLoss):
         bad = ((labels < 0) | (labels >= len(key))).any()  # a wrong label must not become another process's item
         labels = labels.long().clamp(0, max(len(key) - 1, 0))
         total, processes = len(query), 1
-        if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.gather and several():
             sizes = batch_sizes(query, key, None, key_ids, None)
             labels = labels + int(sizes[:dist.get_rank(), 1].sum())
             key, key_ids = gather_rows(key, sizes[:, 1]), gather_rows(key_ids, sizes[:, 1])

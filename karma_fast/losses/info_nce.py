@@ -11,6 +11,7 @@ from karma_kernels import info_nce
 from karma_kernels.info_nce import FLOATS, check_inputs
 from karma_kernels.numerics import compute_dtype
 
+from ..processes import several
 from .scaled import ScaledLoss
 
 
@@ -97,7 +98,7 @@ class InfoNCELoss(ScaledLoss):
                 key_ids: Tensor | None = None, log_q: Tensor | None = None) -> Tensor:
         query, key = in_one_dtype(query, key)
         options = {"scale": self.scale, "normalize": self.normalize, "backend": self.backend}
-        if not (self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (self.gather and several()):
             return info_nce(query, key, labels, query_ids=query_ids, key_ids=key_ids, log_q=log_q,
                             symmetric=self.symmetric, **options)
 

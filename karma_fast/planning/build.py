@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import warnings
 from typing import TYPE_CHECKING
 
@@ -61,9 +60,6 @@ def simulated_backbone(config: KarmaConfig, shape: PretrainedConfig, simulation:
         if config.quantization != "none":
             quantised_shell(model, quantization_config(config, dtype, nested=device.type == "cuda"))
     simulate_weights(model, simulation)
-    if config.attention == "auto" and any(isinstance(part, nn.Conv1d) for part in model.modules()):
-        # layers that carry a state along stay padded, which the check of a loaded model sees by values alone
-        config = dataclasses.replace(config, attention=model.config._attn_implementation)
     return ready_to_train(model, config)
 
 

@@ -32,6 +32,7 @@ from .evaluation.report import write_report
 from .evaluation.verdict import verdict
 from .model.recommender import Recommender
 from .model.storage import versions, write_atomically
+from .processes import several
 from .recipes import recipe
 from .retrieval import ItemIndex, faiss_for
 from .run_setup import banner, explain_memory, fit_to_gpu, prepare_folder, training_arguments
@@ -58,6 +59,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     """
     started = time.perf_counter() if started is None else started
     folder, stages = Path(os.path.expanduser(folder)), {}
+    grouped = several()
     args = training_arguments(config, folder)
     if config.model.index != "flat":
         try:
@@ -105,6 +107,8 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             say(f"going on from {found}" if found else f"{folder} has no complete checkpoint: starting at step 0")
         with explain_memory(args, config.model, folder):
             trainer.train(resume_from_checkpoint=resume, overwrite=overwrite)
+        if not grouped:  # then the arguments made the group, and process 0 goes on alone
+            trainer.leave_processes()
     if trainer.interrupted:
         say(f"\nstopped at step {trainer.state.global_step}, which is saved in {folder}; the same command with "
             "--resume goes on from there")

@@ -319,6 +319,17 @@ class KarmaTrainer(Trainer):
         self._save_after_out_of_memory(found)
         raise found
 
+    def leave_processes(self) -> None:
+        """Ends the processes' group and its threads; each process goes on alone.
+
+        A thread of gloo that is still giving up a tensor while Python shuts down aborts its process.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        self.hosts, self.model_wrapped = None, self.model  # a group ends when nobody holds it any more
+        self.accelerator.free_memory()
+        torch.distributed.destroy_process_group()
+
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step < self.state.max_steps:  # a finished run that is resumed takes no further step
             super()._run_epoch(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 NOT_COMPILED = "a step is not compiled, as the tokens of its prompts differ from batch to batch; leave it out"
@@ -63,6 +64,8 @@ class KarmaTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value:
                 raise ValueError(f"{name}: got {str(value).lower()}; {why}")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it torchrun's processes would not know of each other
         super().__post_init__()
         for name in ("batch_size", "chunk_size"):
             value = getattr(self, name)

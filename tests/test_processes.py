@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).parent.parent
 COMMON = """
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from karma_fast import KarmaTrainer, KarmaTrainingArguments
 from karma_fast.config import DataConfig, KarmaConfig
 from karma_fast.data import load_dataset, training_windows
 from karma_fast.data.batches import log_sampling_probability
@@ -60,10 +62,10 @@ else:
 average_gradients(list(trained.values()), bucket=5000)
 if rank == 0:
     torch.save({n: p.grad for n, p in trained.items()}, folder / f"out-{processes}.pt")
+if processes > 1:
+    dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
 """
 TRAINING = COMMON + BUILD + """
-from karma_fast import KarmaTrainer, KarmaTrainingArguments
-
 args = KarmaTrainingArguments(output_dir=folder / f"run-{processes}", max_steps=4, warmup_steps=0,
                               per_device_train_batch_size=6 // processes,
                               chunk_size=2 if processes > 1 else None, save_strategy="no", disable_tqdm=True,
@@ -72,11 +74,11 @@ trainer = KarmaTrainer(model, args, data)
 trainer.train()
 if args.process_index == 0:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, folder / f"out-{processes}.pt")
+trainer.leave_processes()
 """
 INTERRUPTED = COMMON + GROUP + BUILD + """
 import os, signal, time
 from transformers import Trainer, TrainerCallback
-from karma_fast import KarmaTrainer, KarmaTrainingArguments
 
 
 class Signals(TrainerCallback):
@@ -112,11 +114,9 @@ every = [None, None]
 dist.all_gather_object(every, found)
 if rank == 0:
     torch.save(every, folder / "out-2.pt")
-dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
+trainer.leave_processes()
 """
 NAN = COMMON + GROUP + BUILD + """
-from karma_fast import KarmaTrainer, KarmaTrainingArguments
-
 args = KarmaTrainingArguments(output_dir=folder / "run", max_steps=4, per_device_train_batch_size=3, save_steps=2,
                               logging_steps=50, disable_tqdm=True, use_cpu=True)
 trainer = KarmaTrainer(model, args, data)
@@ -137,7 +137,34 @@ every = [None, None]
 dist.all_gather_object(every, said)
 if rank == 0:
     torch.save(every, folder / "out-2.pt")
-dist.destroy_process_group()
+trainer.leave_processes()
+"""
+
+PROGRAM = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+from karma_fast import KarmaTrainer, cli
+
+folder, threads = Path(sys.argv[1]), []
+
+
+def names():
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+def leave(trainer, leave=KarmaTrainer.leave_processes):
+    threads.append(names())
+    leave(trainer)
+    threads.append(names())
+
+
+KarmaTrainer.leave_processes = leave
+status = cli.main(["train", "tiny.yaml"])
+if os.environ["RANK"] == "0":
+    torch.save({"status": status, "threads": threads}, folder / "out-2.pt")
 """
 
 
@@ -190,3 +217,12 @@ def test_a_nan_of_one_process_stops_all_before_a_checkpoint(tiny_config, tiny_da
     first, second = run_with(2, NAN, tmp_path)
     assert first == second and "L_act is nan within the last 2 batches up to step 2" in first
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of native threads are read from /proc")
+def test_the_program_trains_with_two_processes_and_leaves_no_thread_of_theirs(tiny_config, tmp_path):
+    # a thread of gloo that gives up a tensor while Python shuts down aborts the process
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config.to_dict()), encoding="utf-8")
+    found = run_with(2, PROGRAM, tmp_path)
+    before, after = ([name for name in names if "gloo" in name] for names in found["threads"])
+    assert found["status"] == 0 and before and not after

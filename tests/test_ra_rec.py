@@ -485,6 +485,8 @@ trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 average_gradients(list(trained.values()))
 if rank == 0:
     torch.save({n: p.grad for n, p in trained.items()}, f"out-{processes}.pt")
+if processes > 1:
+    dist.destroy_process_group()
 """
 
 

@@ -26,7 +26,7 @@ class RaRecConfig(ModelConfig):
     injection: Literal["layers", "input"] = "layers"  # into every layer's input, or the first one's alone
     num_context_tokens: int = 8  # learned tokens before an injected vector; 0: none
     init_scale: float = 5.0  # of the inner products in BPR, whose sigmoid wants smaller scores than a softmax
-    num_negatives: int = 0  # drawn evenly from the catalogue for each batch of a process, beside its targets
+    num_negatives: int = 64  # drawn evenly from the catalogue for each batch of a process, beside its targets
     act_weight: float = 1.0
     align_weight: float = 0.1  # lambda
     align_scale: float = 1 / 0.07  # 1 / tau

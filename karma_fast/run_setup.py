@@ -262,7 +262,7 @@ def banner(trainer: KarmaTrainer, data: Dataset, folder: Path) -> str:
     windows = trainer.train_dataset
     pairs = float((windows.ends - windows.starts - 1).mean()) if config.positions == "all" else 1
     # with several processes the embeddings of all of them are gathered
-    seen = negatives_of(min(args.train_batch_size, len(windows)) * args.world_size, pairs)
+    seen = negatives_of(min(args.train_batch_size * args.world_size, len(windows)), pairs)
     more = trainer.model.further_negatives(data.sequences)
     at_once = min(args.chunk_size or args.train_batch_size, args.train_batch_size)
     steps = args.max_steps if args.max_steps > 0 else round(

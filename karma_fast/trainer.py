@@ -67,10 +67,12 @@ def shares(norms: dict[str, Tensor]) -> dict[str, float]:
 
 
 def windows_of_a_step(args: KarmaTrainingArguments, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
-    """Windows that a process takes in a step."""
+    """Windows that a process takes in a step; with more the processes would have windows in common."""
     if args.batch_size is None:
-        return args.per_device_train_batch_size
-    return windows_of_pairs(args.batch_size / args.world_size, positions, starts, ends)
+        wanted = args.per_device_train_batch_size
+    else:
+        wanted = windows_of_pairs(args.batch_size / args.world_size, positions, starts, ends)
+    return min(wanted, -(-len(starts) // args.world_size))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -189,11 +191,11 @@ class KarmaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums["batches"]:
             batches = self._sums.pop("batches")
-            tokens = self._sums.pop("tokens")
+            tokens = torch.tensor([self._sums.pop("tokens")], device=self.args.device)
             parts = self._means(batches)
             now = time.perf_counter()
             logs |= parts | {"scale": float(self.model.loss.scale.detach()),
-                             "tokens_per_second": tokens / (now - self._since),
+                             "tokens_per_second": int(self.accelerator.gather(tokens).sum()) / (now - self._since),
                              "peak_memory_bytes": peak_memory_bytes(self.model.device)}
             for where, norms in self._norms.items():
                 logs |= {f"share_{where}/{name}": share for name, share in shares(norms).items()}
@@ -224,6 +226,10 @@ class KarmaTrainer(Trainer):
         found = evaluate_model(self.model, self.data, positions)
         self.doing = "prompts"
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
+        if self.is_in_train and self.hosts is not None:  # what is best, or a plateau, is so for all processes
+            shared = [metrics]
+            torch.distributed.broadcast_object_list(shared, group=self.hosts)
+            metrics = shared[0]
         self._since += time.perf_counter() - start  # the time of an evaluation is not the time of training steps
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

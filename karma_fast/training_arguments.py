@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 NOT_COMPILED = "a step is not compiled, as the tokens of its prompts differ from batch to batch; leave it out"
@@ -66,6 +69,9 @@ class KarmaTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}: got {str(value).lower()}; {why}")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it torchrun's processes would not know of each other
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            # transformers hands ddp_timeout on for GPUs alone
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         for name in ("batch_size", "chunk_size"):
             value = getattr(self, name)

@@ -739,3 +739,13 @@ def test_a_folder_of_other_checkpoints_is_no_run(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(FileNotFoundError, match="its training did not end"):
         model_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_of_the_demo_speaks_alone(process, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", str(process))
+    monkeypatch.setattr("karma_fast.run.run", lambda *given, **options: {})
+    assert main(["demo"]) == 0
+    said = capsys.readouterr().out
+    assert ("MovieLens" in said, "Try it" in said) == ((True, True) if process == 0 else (False, False))

@@ -503,3 +503,14 @@ def test_command_refuses_what_it_cannot_read(tmp_path):
         gpu_memory("a lot")
     with pytest.raises(ConfigError, match=r"model\.backbone.*qwen2\.5-1\.5b"):
         plan_memory(KarmaConfig(backbone=str(tmp_path / "nothing")))
+
+
+def test_no_other_process_is_asked(backbone, monkeypatch):
+    config = settings(backbone)
+    alone = plan_memory(config, batch_size=8, device_type="cuda").parts
+    for module in ("losses.info_nce", "planning.plan"):  # of a group that was never made
+        monkeypatch.setattr(f"karma_fast.{module}.several", lambda: True)
+    beside = plan_memory(config, batch_size=8, device_type="cuda").parts
+    differ = {part for part, size in alone.items() if beside[part] != size}
+    assert differ == {"gradients", "runtime"}  # DistributedDataParallel's copy, and its share of the fragments
+    assert beside["gradients"] == pytest.approx(2 * alone["gradients"], rel=0.01)  # one of them in the allocator's blocks

@@ -66,14 +66,27 @@ if processes > 1:
     dist.destroy_process_group()  # a process that ends within a collective's last moments may abort
 """
 TRAINING = COMMON + BUILD + """
+import itertools
+from types import SimpleNamespace
+
+import karma_fast.trainer
+
+# a clock that ticks when it is read, so that what is said of a second is the same for any number of processes
+karma_fast.trainer.time = SimpleNamespace(perf_counter=itertools.count().__next__)
+karma_fast.trainer.evaluate_model = lambda *given: {"HR@10": 10 + trainer.args.process_index}
 args = KarmaTrainingArguments(output_dir=folder / f"run-{processes}", max_steps=4, warmup_steps=0,
                               per_device_train_batch_size=6 // processes,
                               chunk_size=2 if processes > 1 else None, save_strategy="no", disable_tqdm=True,
-                              gradient_accumulation_steps=2, learning_rate=1e-2, adam_epsilon=1e-3, use_cpu=True)
+                              gradient_accumulation_steps=2, learning_rate=1e-2, adam_epsilon=1e-3, use_cpu=True,
+                              logging_steps=2, eval_strategy="steps", eval_steps=2)
 trainer = KarmaTrainer(model, args, data)
 trainer.train()
+logs = trainer.state.log_history
+assert [line["eval_HR@10"] for line in logs if "eval_HR@10" in line] == [10, 10]  # those of the first process
 if args.process_index == 0:
-    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, folder / f"out-{processes}.pt")
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    speeds = [line["tokens_per_second"] for line in logs if "tokens_per_second" in line]
+    torch.save({"weights": weights, "speeds": speeds}, folder / f"out-{processes}.pt")
 trainer.leave_processes()
 """
 INTERRUPTED = COMMON + GROUP + BUILD + """
@@ -146,9 +159,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from karma_fast import KarmaTrainer, cli
 
-folder, threads = Path(sys.argv[1]), []
+folder, threads, timeouts = Path(sys.argv[1]), [], []
 
 
 def names():
@@ -156,6 +170,7 @@ def names():
 
 
 def leave(trainer, leave=KarmaTrainer.leave_processes):
+    timeouts.append(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
     threads.append(names())
     leave(trainer)
     threads.append(names())
@@ -164,7 +179,7 @@ def leave(trainer, leave=KarmaTrainer.leave_processes):
 KarmaTrainer.leave_processes = leave
 status = cli.main(["train", "tiny.yaml"])
 if os.environ["RANK"] == "0":
-    torch.save({"status": status, "threads": threads}, folder / "out-2.pt")
+    torch.save({"status": status, "threads": threads, "timeouts": timeouts}, folder / "out-2.pt")
 """
 
 
@@ -197,8 +212,9 @@ def test_gradients_do_not_depend_on_processes_and_chunks(tiny_config, tiny_datas
 def test_training_does_not_depend_on_processes_and_chunks(tiny_config, tiny_dataset, tmp_path):
     prepare(tiny_config, tiny_dataset, tmp_path)
     one, two = (run_with(processes, TRAINING, tmp_path) for processes in (1, 2))
-    for name, weight in one.items():
-        assert (two[name] - weight).norm() <= 1e-3 * weight.norm() + 1e-9, name
+    assert one["speeds"] == two["speeds"] and len(one["speeds"]) == 2
+    for name, weight in one["weights"].items():
+        assert (two["weights"][name] - weight).norm() <= 1e-3 * weight.norm() + 1e-9, name
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_config, tiny_dataset, tmp_path):
@@ -226,3 +242,4 @@ def test_the_program_trains_with_two_processes_and_leaves_no_thread_of_theirs(ti
     found = run_with(2, PROGRAM, tmp_path)
     before, after = ([name for name in names if "gloo" in name] for names in found["threads"])
     assert found["status"] == 0 and before and not after
+    assert found["timeouts"] == [14400]  # what the documentation says, of torch's own group too

@@ -255,3 +255,18 @@ def test_learns_a_cycle(scoring):
     ranks = target_ranks(users, model.item_vectors(), data.sequences.items[positions].astype(np.int64))
     assert ranking_metrics(ranks, (1,))["HR@1"] > 0.9
     assert json.dumps(model.facts)  # what is saved with the model
+
+
+def test_two_processes_may_write_one_cache(tmp_path, monkeypatch):
+    model, save, path = SASRec(5, SASRecConfig(**SMALL)), torch.save, tmp_path / "sasrec.pt"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def interrupted(*given):  # before this file takes its place, the other process writes its own
+        save(*given)
+        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        sasrec_training.save_checkpoint(path, {"epoch": 2}, model, optimizer)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    sasrec_training.save_checkpoint(path, {"epoch": 1}, model, optimizer)
+    assert torch.load(path, weights_only=True)["epoch"] == 1 and [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from karma_fast.data.batches import log_sampling_probability
 from karma_fast.evaluation.evaluate import evaluate_model, protocol
 from karma_fast.model.karma import KarmaModel
 from karma_fast.step import OutOfMemory
-from karma_fast.trainer import KarmaTrainer, shares
+from karma_fast.trainer import KarmaTrainer, shares, windows_of_a_step
 from karma_fast.training_arguments import KarmaTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -333,6 +334,14 @@ def test_several_visible_gpus_are_not_one_batch(tiny_config, tiny_data, tmp_path
     with pytest.warns(UserWarning, match="torchrun --nproc-per-node 2"):
         trainer = KarmaTrainer(model, args, tiny_data)
     assert trainer.args.train_batch_size == 4
+
+
+@pytest.mark.parametrize(("settings", "processes", "wanted"), [
+    ({"batch_size": 40}, 1, 10), ({"batch_size": 40}, 3, 4), ({"per_device_train_batch_size": 8}, 2, 5),
+    ({"batch_size": 6}, 2, 3), ({"per_device_train_batch_size": 4}, 2, 4)])
+def test_processes_have_no_windows_in_common(settings, processes, wanted):
+    args = SimpleNamespace(**{"batch_size": None, "world_size": processes} | settings)
+    assert windows_of_a_step(args, "last", np.arange(10), np.arange(10) + 5) == wanted
 
 
 @pytest.mark.parametrize("part", ["contrastive_loss", "clamp_"])

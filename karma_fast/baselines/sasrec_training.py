@@ -18,6 +18,7 @@ from ..data.windows import training_windows
 from ..evaluation.csr import csr_ranges
 from ..evaluation.held_out import held_out_ranks
 from ..evaluation.metrics import ranking_metrics
+from ..model.storage import part_of
 from .sasrec import SASRec, SASRecConfig
 
 STOP_METRIC = "NDCG@10"
@@ -164,7 +165,7 @@ def identity(data: Any, config: SASRecConfig, seed: int) -> dict[str, Any]:
 
 def save_checkpoint(path: Path, state: dict[str, Any], model: SASRec, optimizer: torch.optim.Optimizer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     torch.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, part)
     part.replace(path)
 

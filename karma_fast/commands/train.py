@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from importlib.resources import as_file, files
@@ -19,8 +20,10 @@ F. M. Harper and J. A. Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015, htt
 
 def main(args: argparse.Namespace) -> int:
     demo = args.command == "demo"
+    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first
     if demo:
-        print(DEMO, flush=True)
+        if speaks:
+            print(DEMO, flush=True)
         with as_file(files("karma_fast") / "demo.yaml") as path:
             config = load_config(str(path), args.overrides)
     else:
@@ -32,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
 
     run(config, folder, command=shlex.join(["karma-fast", *sys.argv[1:]]), resume=args.resume,
         overwrite=not args.resume if demo else args.overwrite, test_users=args.test_users, started=STARTED, say=say)
-    if demo:
+    if demo and speaks:
         karma = program()
         print(f"\nTry it:\n  {karma} recommend {folder} --history \"Toy Story, Aladdin\" --explain\n"
               f"  {karma} recommend {folder} --user 196\n  {karma} embed {folder} --items items.parquet\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -25,8 +26,13 @@ FILES = ("config.json", "model.safetensors", "items.safetensors", "items.jsonl",
 ID_FOLDER = "id_model"  # in it: the ID model of a recipe that reads vectors of one
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its place; another process, which may write the same, has its own."""
+    return path.with_name(f"{path.name}.part-{os.getpid()}")
+
+
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
@@ -34,7 +40,7 @@ def write_atomically(path: Path, text: str) -> None:
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata={"format": "pt"})
     part.replace(path)
 

@@ -156,6 +156,7 @@ def simulated_model(config: KarmaConfig, shape: PretrainedConfig, workload: Work
         simulate_missing(features, simulation)
         model = KarmaModel(config, backbone, Tokens(), workload.catalogue(batch_size), features)
         simulate_missing(model, simulation)
+    model.loss.contrastive.gather = False  # no other process takes part in a simulation
     return model.train()
 
 

@@ -16,6 +16,7 @@ from ..config import ConfigError, KarmaConfig
 from ..data.schema import Dataset
 from ..data.windows import negatives_of
 from ..model.backbone import decoder_layers
+from ..processes import several
 from ..step import first_line
 from .build import LAYERS, depth, layers_are_alike, simulated_model, weight_bytes
 from .gpu import ASSUMED_CAPABILITY, has_bfloat16
@@ -173,10 +174,12 @@ class Planner:
         trained = trained_sizes(self.model, self.extra_layers)
         peak = self.peak(chunk_size)
         gradients = sum(4 * size for size in trained)
+        second = gradients if several() else 0  # DistributedDataParallel's buckets
         if gradients > peak.total:  # the optimiser's step is the moment of the peak
             peak = Peak(gradients, 0, 0)
         parts = {**self.weights(), "optimiser": state_bytes(trained, self.optimiser, self.simulation.granularity),
-                 "gradients": peak.gradients, "activations": peak.activations, "temporaries": peak.temporaries}
+                 "gradients": peak.gradients + second, "activations": peak.activations,
+                 "temporaries": peak.temporaries}
         if self.device_type == "cuda":
             parts["runtime"] = CUDA_CONTEXT + CUBLAS + int(FRAGMENTS * sum(parts.values()))
         pairs = self.workload.history if self.config.positions == "all" else 1

@@ -228,7 +228,7 @@ class KarmaTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
         if self.is_in_train and self.hosts is not None:  # what is best, or a plateau, is so for all processes
             shared = [metrics]
-            torch.distributed.broadcast_object_list(shared, group=self.hosts)
+            torch.distributed.broadcast_object_list(shared, src=0, group=self.hosts)
             metrics = shared[0]
         self._since += time.perf_counter() - start  # the time of an evaluation is not the time of training steps
         self.log(metrics)

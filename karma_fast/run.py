@@ -32,7 +32,6 @@ from .evaluation.report import write_report
 from .evaluation.verdict import verdict
 from .model.recommender import Recommender
 from .model.storage import versions, write_atomically
-from .processes import several
 from .recipes import recipe
 from .retrieval import ItemIndex, faiss_for
 from .run_setup import banner, explain_memory, fit_to_gpu, prepare_folder, training_arguments
@@ -44,7 +43,8 @@ BASELINES = {"popularity": "popularity", "item-kNN": "item_knn", "title TF-IDF":
 
 
 def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: bool = False, overwrite: bool = False,
-        test_users: int = 0, started: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+        test_users: int = 0, started: float | None = None, leave: bool = False,
+        say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains and evaluates what ``config`` describes.
 
     Args:
@@ -52,6 +52,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             checkpoint) or ``overwrite``.
         command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by the seed; 0: all.
         started: `time.perf_counter()` at the start of what the recorded seconds count; default now.
+        leave: whether this is the last training of several processes, so that their group ends after it.
         say: where the lines for the reader go.
 
     Returns what metrics.json holds. Raises ConfigError, DataError, FloatingPointError, MemoryError with what to do,
@@ -59,7 +60,6 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     """
     started = time.perf_counter() if started is None else started
     folder, stages = Path(os.path.expanduser(folder)), {}
-    grouped = several()
     args = training_arguments(config, folder)
     if config.model.index != "flat":
         try:
@@ -107,7 +107,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             say(f"going on from {found}" if found else f"{folder} has no complete checkpoint: starting at step 0")
         with explain_memory(args, config.model, folder):
             trainer.train(resume_from_checkpoint=resume, overwrite=overwrite)
-        if not grouped:  # then the arguments made the group, and process 0 goes on alone
+        if leave:
             trainer.leave_processes()
     if trainer.interrupted:
         say(f"\nstopped at step {trainer.state.global_step}, which is saved in {folder}; the same command with "

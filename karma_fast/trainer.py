@@ -67,12 +67,12 @@ def shares(norms: dict[str, Tensor]) -> dict[str, float]:
 
 
 def windows_of_a_step(args: KarmaTrainingArguments, positions: str, starts: np.ndarray, ends: np.ndarray) -> int:
-    """Windows that a process takes in a step; with more the processes would have windows in common."""
-    if args.batch_size is None:
-        wanted = args.per_device_train_batch_size
-    else:
+    """Windows that a process takes in a step."""
+    wanted = args.per_device_train_batch_size
+    if args.batch_size is not None:
         wanted = windows_of_pairs(args.batch_size / args.world_size, positions, starts, ends)
-    return min(wanted, -(-len(starts) // args.world_size))
+    # with more than its share the processes would have windows in common
+    return wanted if args.world_size == 1 else min(wanted, -(-len(starts) // args.world_size))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -326,9 +326,10 @@ class KarmaTrainer(Trainer):
         raise found
 
     def leave_processes(self) -> None:
-        """Ends the processes' group and its threads; each process goes on alone.
+        """Ends the processes' group and its threads, once, after the last training: none can train any more.
 
-        A thread of gloo that is still giving up a tensor while Python shuts down aborts its process.
+        Every process calls it; what is left to evaluate and save, each does by itself. A thread of gloo that is still
+        giving up a tensor while Python shuts down aborts its process.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 NOT_COMPILED = "a step is not compiled, as the tokens of its prompts differ from batch to batch; leave it out"
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what it sets; other launchers are accelerate's to know
 REFUSED = {  # settings of transformers that would break a step or have no effect on it
     "fp16": "the model computes in bfloat16 or float32 by itself, as float16 would need a loss scaler",
     "gradient_checkpointing": "it is a setting of the model: model.gradient_checkpointing in YAML and flags, "
@@ -67,11 +68,11 @@ class KarmaTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value:
                 raise ValueError(f"{name}: got {str(value).lower()}; {why}")
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # without it torchrun's processes would not know of each other
-        if self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            # transformers hands ddp_timeout on for GPUs alone
-            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
+        if all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1:
+            if not torch.accelerator.is_available():
+                self.use_cpu = True  # without it the processes would not know of each other
+            if self.use_cpu and not dist.is_initialized():  # transformers hands ddp_timeout on for GPUs alone
+                dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         for name in ("batch_size", "chunk_size"):
             value = getattr(self, name)

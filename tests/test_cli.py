@@ -413,7 +413,7 @@ def test_overwrite_removes_what_the_earlier_run_wrote_and_nothing_else(tmp_path)
 
     assert replace(tmp_path / "project", *ours, *others) == {"config.yaml", *others}
     assert not (tmp_path / "project" / "runs" / "Nov23_10-00-00_host").exists()
-    assert replace(tmp_path / "run", *ours) == {"config.yaml"}
+    assert replace(tmp_path / "run", *ours, "model/model.safetensors.part-7") == {"config.yaml"}
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "runs").exists()
     foreign = ["model/model.safetensors", "model/config.json"]  # of someone's language model
     assert replace(tmp_path / "other", *foreign, config="model_type") == {"config.yaml", *foreign}

@@ -1,6 +1,7 @@
 """SASRec: what a state may see, its loss against dense torch, exact resume, and that it learns."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,12 +260,12 @@ def test_learns_a_cycle(scoring):
 
 def test_two_processes_may_write_one_cache(tmp_path, monkeypatch):
     model, save, path = SASRec(5, SASRecConfig(**SMALL)), torch.save, tmp_path / "sasrec.pt"
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, other = torch.optim.SGD(model.parameters(), lr=0.1), os.getpid() + 1
 
     def interrupted(*given):  # before this file takes its place, the other process writes its own
         save(*given)
         monkeypatch.setattr(torch, "save", save)
-        monkeypatch.setattr("os.getpid", lambda: 1)
+        monkeypatch.setattr("os.getpid", lambda: other)
         sasrec_training.save_checkpoint(path, {"epoch": 2}, model, optimizer)
 
     monkeypatch.setattr(torch, "save", interrupted)

@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> int:
     from ..run import run
 
     run(config, folder, command=shlex.join(["karma-fast", *sys.argv[1:]]), resume=args.resume,
-        overwrite=not args.resume if demo else args.overwrite, test_users=args.test_users, started=STARTED, say=say)
+        overwrite=not args.resume if demo else args.overwrite, test_users=args.test_users, started=STARTED,
+        leave=True, say=say)
     if demo and speaks:
         karma = program()
         print(f"\nTry it:\n  {karma} recommend {folder} --history \"Toy Story, Aladdin\" --explain\n"

@@ -80,7 +80,8 @@ def remove_model(folder: Path) -> None:
     except ConfigError:
         return
     for name in FILES:  # first the one without which the rest is no model
-        (folder / name).unlink(missing_ok=True)
+        for path in (folder / name, *folder.glob(f"{name}.part-*")):
+            path.unlink(missing_ok=True)
     remove_index(folder)
     shutil.rmtree(folder / ID_FOLDER, ignore_errors=True)
     remove_if_empty(folder)

@@ -197,6 +197,9 @@ class Planner:
         out.append(f"every window has {load.history} items before its target, a text of {load.text_tokens} tokens"
                    + (f" and a query of {load.query_tokens}" if load.query_tokens else ""))
         if self.device_type == "cuda":
+            if not several():
+                copy_bytes = sum(4 * size for size in trained_sizes(self.model, self.extra_layers))
+                out.append(f"one process; each of several holds its gradients twice, {copy_bytes / 1e9:.2f} GB more")
             out.append(f"{CUDA_CONTEXT >> 20} MiB for the CUDA context, {CUBLAS >> 20} MiB for cuBLAS, and "
                        f"{FRAGMENTS:.0%} of the rest lost between the allocator's blocks")
             major, minor = self.simulation.capability

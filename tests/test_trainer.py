@@ -340,7 +340,8 @@ def test_several_visible_gpus_are_not_one_batch(tiny_config, tiny_data, tmp_path
     ({"batch_size": 40}, 1, 10), ({"batch_size": 40}, 3, 4), ({"per_device_train_batch_size": 8}, 2, 5),
     ({"batch_size": 6}, 2, 3), ({}, 1, 32), ({"per_device_train_batch_size": 4}, 2, 4)])
 def test_processes_have_no_windows_in_common(settings, processes, wanted):
-    args = SimpleNamespace(**{"batch_size": None, "per_device_train_batch_size": 32, "world_size": processes} | settings)
+    settings = {"batch_size": None, "per_device_train_batch_size": 32} | settings
+    args = SimpleNamespace(world_size=processes, **settings)
     assert windows_of_a_step(args, "last", np.arange(10), np.arange(10) + 5) == wanted
 
 

@@ -162,15 +162,15 @@ PARTS = {"Seen items left out": main_table, "With the query and without it, by t
 
 
 def joined(commands: list[str]) -> list[str]:
-    """Commands that differ in their rows alone as one.
+    """Commands that differ in their rows alone as one, each row once.
 
-    >>> joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows C,D --seeds 0"])
-    ['run --rows A,C,D --seeds 0', 'run --rows B --seeds 0,1']
+    >>> joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows A,C --seeds 0"])
+    ['run --rows A,C --seeds 0', 'run --rows B --seeds 0,1']
     """
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[str, None]] = {}  # a set that keeps its order
     for command in commands:
         before, found, after = re.match(r"(.*--rows )(\S+)(.*)", command).groups()
-        rows.setdefault((before, after), []).append(found)
+        rows.setdefault((before, after), {}).update(dict.fromkeys(found.split(",")))
     return [before + ",".join(found) + after for (before, after), found in rows.items()]
 
 

@@ -80,8 +80,12 @@ def test_two_errors_of_few_seeds_are_exceeded_as_seldom_as_of_many(seeds):
 
 
 def test_commands_that_differ_in_rows_are_one():
-    assert tables.joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows A,C --seeds 0"]) == [
-        "run --rows A,C --seeds 0", "run --rows B --seeds 0,1"]
+    assert tables.joined(["run --rows A --seeds 0", "run --rows B --seeds 0,1", "run --rows C,D --seeds 0"]) == [
+        "run --rows A,C,D --seeds 0", "run --rows B --seeds 0,1"]
+
+
+def test_a_row_that_two_commands_ran_is_named_once():
+    assert tables.joined(["run --rows A,C --seeds 0", "run --rows C,D --seeds 0"]) == ["run --rows A,C,D --seeds 0"]
 
 
 def test_a_second_reading_is_seen(results):

@@ -186,9 +186,9 @@ class Planner:
         return MemoryPlan(parts, self.config.backbone, self.device_type, self.batch_size,
                           min(chunk_size or self.batch_size, self.batch_size), self.config.gradient_checkpointing,
                           self.workload.history, negatives_of(self.batch_size, pairs, self.workload.hard_negatives),
-                          self.assumed())
+                          self.assumed(gradients))
 
-    def assumed(self) -> list[str]:
+    def assumed(self, gradients: int) -> list[str]:
         load, out = self.workload, []
         if self.data is None:
             widths = " + ".join(f"{width} ({kind})" for kind, width in load.widths.items())
@@ -198,8 +198,7 @@ class Planner:
                    + (f" and a query of {load.query_tokens}" if load.query_tokens else ""))
         if self.device_type == "cuda":
             if not several():
-                copy_bytes = sum(4 * size for size in trained_sizes(self.model, self.extra_layers))
-                out.append(f"one process; each of several holds its gradients twice, {copy_bytes / 1e9:.2f} GB more")
+                out.append(f"one process; each of several holds its gradients twice, {gradients / 1e9:.2f} GB more")
             out.append(f"{CUDA_CONTEXT >> 20} MiB for the CUDA context, {CUBLAS >> 20} MiB for cuBLAS, and "
                        f"{FRAGMENTS:.0%} of the rest lost between the allocator's blocks")
             major, minor = self.simulation.capability

@@ -672,6 +672,16 @@ def test_recommend_agrees_with_the_model(here, capsys):
     assert model.items.ids[int(scores.argmax())] == row["id"] and abs(float(scores.max()) - row["score"]) < 1e-3
 
 
+def test_the_page_on_serving_finds_what_recommend_finds(here, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(code.replace("runs/my-shop", "runs/tiny").replace("B07X", "i5").replace("B08Y", "i6"), {})
+    printed = capsys.readouterr().out
+    assert main(["recommend", "runs/tiny", "--history", "i5,i6", "--query", "running shoes", "--json"]) == 0
+    found = [row["id"] for row in json.loads(capsys.readouterr().out)["items"]]
+    assert printed == f"{found}\n" and len(found) == 10
+
+
 def test_evaluate(here, capsys):
     assert main(["evaluate", "runs/tiny", "--json", "--baselines"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .baselines import baseline_rows
+from .baselines.rows import KEYS
 from .callbacks import Lines
 from .checkpoints import last_checkpoint
 from .commands.common import device_name, draw, table
@@ -39,7 +40,6 @@ from .trainer import KarmaTrainer, peak_memory_bytes
 
 EXAMPLES, PRINTED = 8, 3  # test requests in examples.json, and of these on the terminal
 DECODED = 512  # test requests whose target's text is decoded with losses
-BASELINES = {"popularity": "popularity", "item-kNN": "item_knn", "title TF-IDF": "title_tfidf"}
 
 
 def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: bool = False, overwrite: bool = False,
@@ -89,7 +89,8 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     if leader:
         say(f"ranking {len(positions):,} test requests before training")
         with stage("baselines", stages):
-            rows |= {BASELINES[name]: row for name, row in baseline_rows(data, positions).items()}
+            rows |= {KEYS.get(name, name): row for name, row in baseline_rows(data, positions).items()}
+        best = max(row["HR@10"] for row in rows.values())
         with stage("start", stages):
             before = encode_requests(model, data, positions)
             rows[f"{own}_start"] = evaluate_model(model, data, positions, users=before)
@@ -98,8 +99,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
             except NoAttention as error:
                 labels = []
                 say(f"  {error}")
-        say(f"  HR@10 {rows[f'{own}_start']['HR@10']:.4f}; best of the baselines "
-            f"{max(rows[name]['HR@10'] for name in BASELINES.values()):.4f}\n")
+        say(f"  HR@10 {rows[f'{own}_start']['HR@10']:.4f}; best of the baselines {best:.4f}\n")
 
     with stage("training", stages):
         if resume:

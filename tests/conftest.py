@@ -1,7 +1,8 @@
 """A random language model, a small data set and a configuration, tiny enough for tests.
 
 tiny_backbone: folder with a 2-layer Llama of width 64 and a byte-level tokenizer. tiny_dataset: `DataConfig` of CSV
-files with 40 items of 4 kinds and 30 users who each like one kind. tiny_config: a `RunConfig` of both.
+files with 40 items of 4 kinds and 30 users who each like one kind; tiny_searches: the same with queries.
+tiny_config: a `RunConfig` of backbone and tiny_dataset.
 """
 
 import csv
@@ -61,6 +62,21 @@ def tiny_dataset(tmp_path_factory) -> DataConfig:
             rng.shuffle(chosen)
             writer.writerows((f"u{user}", items[n][0], 1000 * user + at) for at, n in enumerate(chosen))
     return DataConfig(interactions=str(folder / "clicks.csv"), items=str(folder / "items.csv"), name="tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_searches(tiny_dataset, tmp_path_factory) -> DataConfig:
+    """`tiny_dataset` in which every click but the first of a user was found by its item's title, in lower case."""
+    titles = {item: title.lower() for item, title, _ in tiny_items()}
+    folder = tmp_path_factory.mktemp("tiny-searches")
+    with open(tiny_dataset.interactions, newline="", encoding="utf-8") as clicks:
+        rows = list(csv.DictReader(clicks))
+    with open(folder / "clicks.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], "query"])
+        writer.writeheader()
+        writer.writerows(row | {"query": titles[row["item_id"]] if int(row["timestamp"]) % 1000 else ""}
+                         for row in rows)
+    return DataConfig(interactions=str(folder / "clicks.csv"), items=tiny_dataset.items, name="tiny searches")
 
 
 @pytest.fixture(scope="session")

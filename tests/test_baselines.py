@@ -10,17 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from karma_fast.baselines import BASELINES, baseline_rows
+from karma_fast.baselines import BASELINES, baseline_rows, query_scorer, tune_query
 from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
+from karma_fast.baselines.query import QUERY_WEIGHTS
 from karma_fast.baselines.rows import DEFAULT, rank_requests, request_scorer
 from karma_fast.baselines.scorers import item_knn, popularity, tf_idf, transitions
 from karma_fast.data.schema import Items, Sequences, Split
+from karma_fast.data.words import tf_idf_vectors
 from karma_fast.evaluation.csr import seen_before
 from karma_fast.evaluation.held_out import held_out_ranks, ranking_rule
 
 TITLES = ["Red shoe", "blue SHOE, blue", "", "tea (1995)", "green tea", "Red tea pot", "shoe"]
 TEXTS = [f"{title} | {kind}" for title, kind in zip(TITLES, ["shoes", "shoes", "", "food", "food", "home", "shoes"],
                                                     strict=True)]
+UNTUNED = [name for name in BASELINES if not name.endswith("tuned mix")]
 
 
 def dataset(lists):
@@ -60,8 +63,7 @@ def test_scores_equal_loops(lists):
     follows = Counter(pair for part in train for pair in zip(part, part[1:], strict=False))
     title, text = similarity(TITLES), similarity(TEXTS)
 
-    names = [name for name in BASELINES if name != "tuned mix"]
-    found = {name: request_scorer(data, name)(data.split.test) for name in names}
+    found = {name: request_scorer(data, name)(data.split.test) for name in UNTUNED}
     for u, part in enumerate(lists):
         past = part[:-1]  # the validation item is history by now
         weights = 0.7 ** np.arange(len(past))[::-1]
@@ -71,6 +73,7 @@ def test_scores_equal_loops(lists):
         np.testing.assert_allclose(found["kNN with decay"][u], weights @ cosine[past], atol=1e-6)
         np.testing.assert_allclose(found["text with decay"][u], weights @ text[past], atol=1e-6)
         np.testing.assert_array_equal(found["transitions"][u], [follows[past[-1], j] for j in range(7)])
+        assert not found["query TF-IDF"][u].any()  # the data has no queries
 
 
 def test_transitions_are_directed_and_stay_within_a_user():
@@ -89,7 +92,7 @@ def test_history_weights():
     assert found[0].tolist() == [0.5, 0.25, 1, 0, 0, 0, 0] and found[1].tolist() == [0.5, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "tuned mix"])
+@pytest.mark.parametrize("name", UNTUNED)
 def test_only_the_training_part_is_fitted(name):
     """Scores of validation requests, which read the training part alone, do not move with what came later."""
     rng = np.random.default_rng(0)
@@ -101,7 +104,7 @@ def test_only_the_training_part_is_fitted(name):
     leaked = dataset(lists)  # the check would notice: the same with everything in the training part
     leaked.split.train_end = leaked.sequences.indptr[1:]
     moved = not np.array_equal(*(request_scorer(data, name)(data.split.valid) for data in (one, leaked)))
-    assert moved == (name not in ("title TF-IDF", "text with decay"))
+    assert moved == (name not in ("title TF-IDF", "text with decay", "query TF-IDF"))
 
 
 def test_seen_before():
@@ -161,10 +164,9 @@ def test_rows():
 def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     data = dataset([rng.integers(0, 7, rng.integers(3, 9)) for _ in range(20)])
-    names = tuple(name for name in BASELINES if name != "tuned mix")
-    whole = baseline_rows(data, data.split.test, ks=(1, 3), names=names)
+    whole = baseline_rows(data, data.split.test, ks=(1, 3), names=UNTUNED)
     monkeypatch.setattr("karma_fast.baselines.rows.BLOCK_BYTES", 3 * 4 * 7)
-    for name, row in baseline_rows(data, data.split.test, ks=(1, 3), names=names).items():
+    for name, row in baseline_rows(data, data.split.test, ks=(1, 3), names=UNTUNED).items():
         assert row == pytest.approx(whole[name])
 
 
@@ -179,8 +181,47 @@ def test_empty_parts():
     assert not tf_idf(["", ""])(none[:, :2]).any()
 
 
-def test_further_texts_are_compared_and_do_not_count():
-    asked = sparse.csr_matrix(np.eye(1, len(TITLES) + 1, len(TITLES)))  # the query alone
-    score = tf_idf(TITLES, [TITLES[0]])(asked)
-    known = tf_idf(TITLES)(sparse.csr_matrix(np.eye(1, len(TITLES))))
-    assert score.shape == (1, len(TITLES) + 1) and np.allclose(score[:, :-1], known) and np.isclose(score[0, -1], 1)
+def asked(lists, queries, texts):
+    """`dataset` with the number of each event's query, -1 for none."""
+    data = dataset(lists)
+    data.sequences.queries, data.sequences.query_texts = np.array(queries, np.int32), texts
+    return data
+
+
+def test_queries_are_compared_with_texts_and_do_not_count():
+    data = asked([[0, 1, 3, 2, 4]], [-1, 0, 1, 2, -1], [TEXTS[5], "zeppelin", "TEA zeppelin"])
+    found = request_scorer(data, "query TF-IDF")(np.arange(5))
+    assert found.dtype == np.float32 and found.shape == (5, 7)
+    np.testing.assert_allclose(found[1], similarity(TEXTS)[5], atol=1e-6)
+    assert not found[[0, 2, 4]].any()
+    vector = tf_idf_vectors(TEXTS, ["tea zeppelin"]).toarray()  # in which the unknown word has a length
+    np.testing.assert_allclose(found[3], vector[:7] @ vector[7], atol=1e-6)
+
+
+def test_rows_of_queries():
+    lists = [[0, 1, 3], [2, 5, 4], [6, 0, 5]]
+    data = asked(lists, [-1] * 8 + [0], ["red pot"])  # the last user's last item was searched for
+    rows = baseline_rows(data, data.split.test, ks=(1,))
+    assert list(rows) == [*DEFAULT, "query TF-IDF"] and rows["query TF-IDF"]["HR@1"] == pytest.approx(1 / 3)
+    assert list(baseline_rows(data, data.split.test[:2], ks=(1,))) == list(DEFAULT)  # these have no query
+    assert list(baseline_rows(data, data.split.test, ks=(1,), names=("popularity",))) == ["popularity"]
+
+
+def test_the_weight_of_the_query_is_the_first_of_the_best_on_validation():
+    # three validation requests; the history's score prefers item 6, that no one chooses then
+    lists = [[0, 1, 3], [2, 5, 4], [4, 0, 5]]
+    data = asked(lists, [-1, 0, -1, -1, 1, -1, -1, 2, -1], [TEXTS[1], TEXTS[5], TEXTS[0]])
+    history = lambda p: np.tile(np.float32([0, 0, 0, 0, 0, 0, 0.2]), (len(p), 1))  # noqa: E731
+    found = tune_query(data, history, query_scorer(data))
+    by_weight = {}
+    for weight in QUERY_WEIGHTS:
+        ranks = rank_requests(data, data.split.valid, lambda p, w=weight: history(p) + w * query_scorer(data)(p))
+        by_weight[weight] = np.where(ranks.expected < 10, 1 / np.log2(ranks.expected + 2), 0).mean()
+    assert by_weight[1.0] == max(by_weight.values()) == by_weight[10.0] > by_weight[0.3]
+    assert found.weight == 1 and found.metrics["NDCG@10"] == pytest.approx(by_weight[1.0])
+    assert (found.requests, found.tried) == (3, len(QUERY_WEIGHTS))
+    np.testing.assert_allclose(found.scorer(np.array([1])), history([1]) + query_scorer(data)(np.array([1])))
+    assert tune_query(data, history, query_scorer(data), users=2, seed=1).requests == 2
+    data.split.valid = np.array([], np.int64)
+    with pytest.raises(ValueError, match="no validation request to choose weights on"):
+        tune_query(data, history, query_scorer(data))

@@ -79,6 +79,43 @@ def test_without_validation_targets_the_mix_is_not_tuned(shop, capsys):
     assert "mix, untuned" in found["rows"] and not found["mix"]["tuned"] and "not tuned" in capsys.readouterr().out
 
 
+QUERY_ROWS = ["query TF-IDF", "query TF-IDF + tuned mix"]
+
+
+def test_rows_that_read_queries(shop, tiny_searches, capsys, monkeypatch):
+    from karma_fast.baselines import mix, tune_mix
+
+    calls = []
+    monkeypatch.setattr("karma_fast.baselines.tune_mix", lambda *args, **options: calls.append(1) or
+                        tune_mix(*args, **options))
+    fits, fit = [], mix.MixParts.fit
+    monkeypatch.setattr(mix.MixParts, "fit", staticmethod(lambda data: fits.append(1) or fit(data)))
+    words = ["baselines", "shop.yaml", "--interactions", tiny_searches.interactions, "--unmasked", "--no-sasrec"]
+    assert main([*words, "--output", "b.json"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ROWS[:-1] + QUERY_ROWS
+    assert len(calls) == 1 and len(fits) == 2  # to tune, and to score
+    for name in QUERY_ROWS:
+        assert found["rows"][name]["HR@1"] == 1  # the query is the title
+    query = found["query"]
+    assert query["weight"] > 0 and query["tried"] == 6 and query["validation_requests"] == 30
+    assert f"query TF-IDF + tuned mix: mix 1, query {query['weight']:g} (NDCG@10 1.0000 on 30 validation" in out
+    assert "queries are read by the rows of query TF-IDF alone; leave one out" in found["protocol"]
+    assert main([*words[:-2], "--no-sasrec", "--query_column", "false", "--output", "b.json"]) == 0
+    without = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert list(without["rows"]) == ROWS[:-1] and "query" not in without and "quer" not in without["protocol"]
+    assert "query" not in capsys.readouterr().out
+
+
+def test_without_validation_targets_the_query_is_not_added_to_the_mix(shop, tiny_searches, capsys):
+    assert main(["baselines", "shop.yaml", "--interactions", tiny_searches.interactions, "--no-sasrec", "--split",
+                 "by_time", "--valid_time", "29000", "--test_time", "29001", "--output", "b.json"]) == 0
+    found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
+    assert list(found["rows"]) == [*ROWS[:4], "mix, untuned", "query TF-IDF"] and found["query"] == {}
+    assert "query TF-IDF is not added to the mix: the data has no validation target" in capsys.readouterr().out
+
+
 def test_wrong_settings(shop, capsys):
     for words, said in (("--sasrec.dims=8", "did you mean dim"), ("--intreactions=x", "mean interactions"),
                         ("--seeds=0,0", "different whole numbers"), ("--learning_rate=1", "no such setting")):

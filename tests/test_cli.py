@@ -640,6 +640,28 @@ def test_traceback_on_request(here, capsys):
     assert "Traceback" in error and "error: nowhere: no model there" in error
 
 
+@pytest.fixture(scope="module")
+def searching(shop, tiny_searches):
+    """runs/searches in the shop: a model that was trained on data with queries; what the command said of it."""
+    out, _ = karma("train", "shop.yaml", "--interactions", tiny_searches.interactions, "--name", "searches",
+                   "--positions", "last", "--max_steps", "1", folder=shop,
+                   environment={"XDG_CACHE_HOME": str(shop / "cache")})
+    return out
+
+
+def test_where_requests_have_queries_a_baseline_reads_them_too(searching, here, capsys):
+    said = "; queries are read by the model and, of the baselines, by query TF-IDF alone; leave one out"
+    metrics = json.loads(Path("runs/searches/metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "query_tfidf", "karma_start", "karma"]
+    assert metrics["rows"]["query_tfidf"]["HR@10"] == 1 and "best of the baselines 1.0000" in searching
+    assert said in searching and "query TF-IDF: HR@10" in searching  # the verdict's rival
+    assert "query TF-IDF" in Path("runs/searches/report.md").read_text(encoding="utf-8")
+    assert main(["evaluate", "runs/searches", "--baselines"]) == 0
+    out = capsys.readouterr().out
+    assert said in out and out.count("query TF-IDF") > 2
+    assert "quer" not in json.loads(Path("runs/tiny/metrics.json").read_text(encoding="utf-8"))["protocol"]
+
+
 # ---- using the model -----------------------------------------------------------------------------------------------
 
 

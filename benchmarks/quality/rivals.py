@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from karma_fast.commands.common import draw
+from karma_fast.baselines import mix_scorer, query_scorer, tune_mix, tune_query
+from karma_fast.baselines.rows import rank_requests, request_scorer
+from karma_fast.baselines.scorers import RequestScorer
 from karma_fast.data import Dataset, cache_dir
-from karma_fast.data.batches import query_of
 from karma_fast.evaluation import Ranks
 from karma_fast.recipes.ra_rec.config import RaRecConfig
 from karma_fast.recipes.ra_rec.id_models import known_vectors, make_id_model
 
-from .protocol import Requests, gains
+from .protocol import Requests
 from .rows import Row
 from .train import Ready, Score
-
-QUERY_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-TUNED_ON = 2000  # validation requests
-
-Scorer = Callable[[np.ndarray], np.ndarray]  # flat positions (R,) -> (R, N) float32
 
 
 def make_baseline(row: Row, data: Dataset) -> Ready:
@@ -36,10 +32,7 @@ def make_baseline(row: Row, data: Dataset) -> Ready:
     facts: dict = {}
 
     @functools.cache
-    def scorer(masked: bool) -> Scorer:
-        from karma_fast.baselines import mix_scorer, tune_mix
-        from karma_fast.baselines.rows import request_scorer
-
+    def scorer(masked: bool) -> RequestScorer:
         if row.name != "mix":
             return request_scorer(data, row.label, mask_seen=masked)
         found = tune_mix(data, mask_seen=masked)
@@ -49,32 +42,10 @@ def make_baseline(row: Row, data: Dataset) -> Ready:
     return Ready(score_by(lambda masked, queries: scorer(masked)), facts)
 
 
-def score_by(scorer_of: Callable[[bool, bool], Scorer]) -> Score:
+def score_by(scorer_of: Callable[[bool, bool], RequestScorer]) -> Score:
     """scorer_of: (seen items left out, queries read) -> what ranks."""
-    from karma_fast.baselines.rows import rank_requests
-
     return lambda requests, masked, queries: rank_requests(requests.data, requests.positions,
                                                            scorer_of(masked, queries), mask_seen=masked)
-
-
-def query_scorer(data: Dataset) -> Scorer:
-    """Cosine of the TF-IDF vectors of a request's query and of the items' texts; 0 where there is no query."""
-    from scipy import sparse
-
-    from karma_fast.baselines.scorers import tf_idf
-
-    sequences, size = data.sequences, len(data.items)
-    places = {"": -1} | {text: n for n, text in enumerate(sequences.query_texts)}
-    score = tf_idf(data.items.texts, sequences.query_texts)
-
-    def scorer(positions: np.ndarray) -> np.ndarray:
-        asked = np.array([places[query_of(sequences, p)] for p in positions])
-        rows = np.flatnonzero(asked >= 0)
-        one_hot = sparse.csr_matrix((np.ones(len(rows)), (rows, size + asked[rows])),
-                                    shape=(len(positions), size + len(sequences.query_texts)))
-        return np.ascontiguousarray(score(one_hot)[:, :size])
-
-    return scorer
 
 
 def make_query_row(row: Row, data: Dataset) -> Ready:
@@ -86,30 +57,18 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
 
     if row.name == "query":
         return Ready(score_by(lambda masked, queries: asked if queries else nothing))
-    from karma_fast.baselines import mix_scorer, tune_mix
-    from karma_fast.baselines.rows import rank_requests
 
     @functools.cache
-    def mix(masked: bool) -> Scorer:
+    def mix(masked: bool) -> RequestScorer:
         return mix_scorer(data, tune_mix(data, mask_seen=masked).weights)
 
     @functools.cache
-    def tuned(masked: bool, queries: bool) -> Scorer:
-        history = mix(masked)
+    def tuned(masked: bool, queries: bool) -> RequestScorer:
         if not queries:
-            return history
-        valid = draw(data.split.valid, TUNED_ON, 0)
-
-        def with_weight(weight: float) -> Scorer:
-            return lambda positions: history(positions) + np.float32(weight) * asked(positions)
-
-        found = {}
-        for weight in QUERY_WEIGHTS:
-            ranks = rank_requests(data, valid, with_weight(weight), mask_seen=masked)
-            found[weight] = float(gains(ranks.expected, "NDCG@10").mean())
-        best = max(found, key=lambda weight: found[weight])
-        facts[f"weight of the query, {'masked' if masked else 'unmasked'}"] = best
-        return with_weight(best)
+            return mix(masked)
+        found = tune_query(data, mix(masked), asked, mask_seen=masked)
+        facts[f"weight of the query, {'masked' if masked else 'unmasked'}"] = found.weight
+        return found.scorer
 
     return Ready(score_by(tuned), facts)
 

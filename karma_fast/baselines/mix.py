@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,12 +155,7 @@ def tune_mix(dataset: Any, *, mask_seen: bool = True, users: int = 2000, seed: i
         >>> found.requests, found.metrics["HR@10"]
         (1, 1.0)
     """
-    positions = np.asarray(dataset.split.valid, np.int64)
-    if not len(positions):
-        raise ValueError("the split has no validation request to choose the mix's weights on; give users with 3 "
-                         "events or more, or take mix_scorer with weights of your own")
-    if 0 < users < len(positions):
-        positions = np.sort(np.random.default_rng(seed).choice(positions, users, replace=False))
+    positions = validation_requests(dataset, users, seed)
     parts, best, known = MixParts.fit(dataset), MixWeights(), {}
     from tqdm import tqdm
 
@@ -179,9 +174,23 @@ def tune_mix(dataset: Any, *, mask_seen: bool = True, users: int = 2000, seed: i
     return TunedMix(best, known[best], len(positions), len(known))
 
 
-def search_metrics(parts: MixParts, positions: np.ndarray, choices: list[MixWeights],
+def validation_requests(dataset: Any, users: int, seed: int) -> np.ndarray:
+    """Flat positions of ``users`` validation targets drawn by ``seed``, rising; all for 0."""
+    positions = np.asarray(dataset.split.valid, np.int64)
+    if not len(positions):
+        raise ValueError("the split has no validation request to choose weights on; give users with 3 events or "
+                         "more, or take mix_scorer with weights of your own")
+    if 0 < users < len(positions):
+        positions = np.sort(np.random.default_rng(seed).choice(positions, users, replace=False))
+    return positions
+
+
+def search_metrics(parts: Any, positions: np.ndarray, choices: Sequence[Any],
                    mask_seen: bool) -> list[dict[str, float]]:
-    """HR@10 and NDCG@10 of each choice on the requests at flat ``positions``."""
+    """HR@10 and NDCG@10 of each choice on the requests at flat ``positions``.
+
+    parts: has ``dataset``, and ``scores(positions, choices)`` as `MixParts` has.
+    """
     if not choices:
         return []
     data = parts.dataset

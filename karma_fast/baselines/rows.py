@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,21 @@ from ..evaluation.metrics import ranking_metrics
 from ..evaluation.ranks import Ranks, rank_scores
 from .counts import LAST_ITEMS, recent_history, training_matrix, transition_counts
 from .mix import MIX_LAST, mix_scorer, tune_mix
-from .scorers import Scorer, item_knn, popularity, tf_idf, transitions
+from .query import query_scorer, tune_query
+from .scorers import RequestScorer, Scorer, item_knn, popularity, tf_idf, transitions
 
 BLOCK_BYTES = 64 << 20  # of float32 scores at a time
 DECAY = 0.7  # of the scorers "with decay"; a usual value, not tuned to the data
 
-RequestScorer = Callable[[np.ndarray], np.ndarray]  # flat positions of targets (R,) -> (R, N) float32
 KS = (1, 5, 10, 50, 200)
 DEFAULT = ("popularity", "item-kNN", "title TF-IDF")
-BASELINES = (*DEFAULT, "kNN with decay", "text with decay", "transitions", "tuned mix")
+QUERY, QUERY_MIX = "query TF-IDF", "query TF-IDF + tuned mix"
+BASELINES = (*DEFAULT, "kNN with decay", "text with decay", "transitions", "tuned mix", QUERY, QUERY_MIX)
+KEYS = {"item-kNN": "item_knn", "title TF-IDF": "title_tfidf", QUERY: "query_tfidf"}  # of rows in a run's files
 
 
 def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *, mask_seen: bool = True,
-                  names: Sequence[str] = DEFAULT, progress: bool = False) -> dict[str, dict[str, float]]:
+                  names: Sequence[str] | None = None, progress: bool = False) -> dict[str, dict[str, float]]:
     """Metrics of baselines for the requests whose targets stand at flat ``positions``.
 
     All statistics of interactions come from the training part alone, as a model's weights do; what the user did since
@@ -36,11 +38,12 @@ def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *
         positions: (T,) flat positions of targets, for example ``dataset.split.test``.
         ks: cut-offs, see :func:`karma_fast.evaluation.ranking_metrics`.
         mask_seen: leave out what the user chose before the target, the rule for the model's own row too.
-        names: some of ``BASELINES``; see docs/baselines.md for their formulas.
+        names: some of ``BASELINES``; see docs/baselines.md for their formulas. None: ``DEFAULT``, and "query TF-IDF"
+            where one of the requests has a query.
         progress: show a bar for each (needs tqdm).
 
     Raises:
-        ValueError: an unknown name; "tuned mix" without validation requests.
+        ValueError: an unknown name; a tuned row without validation requests.
 
     Example:
         >>> from types import SimpleNamespace
@@ -53,23 +56,30 @@ def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *
         >>> {name: row["HR@1"] for name, row in rows.items()}
         {'popularity': 0.5, 'item-kNN': 0.5, 'title TF-IDF': 1.0}
     """
+    if names is None:
+        names = (*DEFAULT, QUERY) if dataset.sequences.has_queries(positions) else DEFAULT
     return {name: score_row(dataset, positions, request_scorer(dataset, name, mask_seen=mask_seen), ks,
                             mask_seen=mask_seen, progress=name if progress else "") for name in names}
 
 
 def request_scorer(dataset: Any, name: str, *, mask_seen: bool = True) -> RequestScorer:
-    """The baseline called ``name``, fitted. ``mask_seen`` is the rule under which "tuned mix" is tuned.
+    """The baseline called ``name``, fitted. ``mask_seen`` is the rule under which a tuned row is tuned.
 
     >>> request_scorer(None, "magic")
     Traceback (most recent call last):
         ...
     ValueError: no baseline is called 'magic'; take some of popularity, item-kNN, title TF-IDF, kNN with decay, \
-text with decay, transitions, tuned mix
+text with decay, transitions, tuned mix, query TF-IDF, query TF-IDF + tuned mix
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline is called {name!r}; take some of {', '.join(BASELINES)}")
     if name == "tuned mix":
         return mix_scorer(dataset, tune_mix(dataset, mask_seen=mask_seen).weights)
+    if name == QUERY:
+        return query_scorer(dataset)
+    if name == QUERY_MIX:
+        history = request_scorer(dataset, "tuned mix", mask_seen=mask_seen)
+        return tune_query(dataset, history, query_scorer(dataset), mask_seen=mask_seen).scorer
     if name == "transitions":
         counts = transition_counts(dataset.sequences, dataset.split, len(dataset.items))
         return of_history(dataset, transitions(counts), last=1)

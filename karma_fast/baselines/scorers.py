@@ -14,6 +14,7 @@ import numpy as np
 from ..data.words import tf_idf_vectors
 
 Scorer = Callable[[Any], np.ndarray]
+RequestScorer = Callable[[np.ndarray], np.ndarray]  # flat positions of targets (R,) -> (R, N) float32 scores
 
 
 def popularity(matrix: Any) -> Scorer:
@@ -48,16 +49,14 @@ def item_knn(matrix: Any) -> Scorer:
     return lambda history: ((history @ back) @ chosen - history @ known).toarray().astype(np.float32)
 
 
-def tf_idf(texts: Sequence[str], further: Sequence[str] = ()) -> Scorer:
-    """Score: sum over the history of the cosine of the texts' TF-IDF vectors.
-
-    See :func:`karma_fast.data.words.tf_idf_vectors`; ``further`` texts have columns behind the others.
+def tf_idf(texts: Sequence[str]) -> Scorer:
+    """Score: sum over the history of the cosine of the texts' vectors, :func:`karma_fast.data.words.tf_idf_vectors`.
 
     >>> from scipy import sparse
     >>> tf_idf(["red shoe", "tea", "Red"])(sparse.csr_matrix([[0.0, 0.0, 1.0]])).round(4)
     array([[0.6053, 0.    , 1.    ]], dtype=float32)
     """
-    vectors = tf_idf_vectors(texts, further)
+    vectors = tf_idf_vectors(texts)
     back = vectors.T.tocsr()
     return lambda history: ((history @ vectors) @ back).toarray().astype(np.float32)
 

@@ -18,6 +18,7 @@ from .common import COLUMNS, device_name, draw, load_config, table
 
 if TYPE_CHECKING:
     from ..baselines import SASRecConfig
+    from ..baselines.scorers import RequestScorer
     from ..data import Dataset
 
 FIXED = ("popularity", "item-kNN", "title TF-IDF", "transitions")  # nothing is chosen for the data at hand
@@ -84,8 +85,15 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int, bars: bool) -> dict[str, Any]:
-    """``rows`` of the scorers that count, and ``mix``: the weights that were chosen and how."""
-    from ..baselines import MixWeights, baseline_rows, mix_scorer, score_row, tune_mix
+    """``rows`` of the scorers that count, and ``mix``: the weights that were chosen and how.
+
+    ``query``, where requests have some: the weight of query TF-IDF beside the tuned mix, {} if it was not chosen.
+    """
+    from ..baselines import MixWeights, baseline_rows, mix_scorer, query_scorer, score_row, tune_mix, tune_query
+    from ..baselines.rows import QUERY, QUERY_MIX
+
+    def add_row(name: str, scorer: RequestScorer) -> None:
+        rows[name] = score_row(data, positions, scorer, mask_seen=masked, progress=name if bars else "")
 
     rows = baseline_rows(data, positions, mask_seen=masked, names=FIXED, progress=bars)
     if len(data.split.valid):
@@ -96,8 +104,18 @@ def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int,
     else:
         name, weights = "mix, untuned", MixWeights()
         mix = {"tuned": False, "weights": dataclasses.asdict(weights)}
-    rows[name] = score_row(data, positions, mix_scorer(data, weights), mask_seen=masked, progress=name if bars else "")
-    return {"rows": rows, "mix": mix}
+    history = mix_scorer(data, weights)
+    add_row(name, history)
+    if not data.sequences.has_queries(positions):
+        return {"rows": rows, "mix": mix}
+    asked, query = query_scorer(data), {}
+    add_row(QUERY, asked)
+    if mix["tuned"]:
+        found = tune_query(data, history, asked, mask_seen=masked, seed=seed)
+        query = {"weight": found.weight, "validation": found.metrics, "validation_requests": found.requests,
+                 "tried": found.tried}
+        add_row(QUERY_MIX, found.scorer)
+    return {"rows": rows, "mix": mix, "query": query}
 
 
 def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, config: SASRecConfig, seeds: list[int],
@@ -123,8 +141,9 @@ def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
     """One line to print beside the table."""
     from ..evaluation.held_out import ranking_rule
 
+    queries = ("; queries are read by the rows of query TF-IDF alone" if data.sequences.has_queries(positions) else "")
     return (f"{ranking_rule(data, positions, masked)}; statistics and weights from the training part alone, all "
-            f"events before the target are history; {data.split.description}")
+            f"events before the target are history{queries}; {data.split.description}")
 
 
 def remarks(found: dict[str, Any]) -> str:
@@ -134,6 +153,12 @@ def remarks(found: dict[str, Any]) -> str:
     how = (f"NDCG@10 {mix['validation']['NDCG@10']:.4f} on {mix['validation_requests']:,} validation requests, "
            f"{mix['tried']} tried" if mix["tuned"] else "not tuned: the data has no validation target")
     lines = [f"mix: knn 1, {weights} ({how})"]
+    if query := found.get("query"):
+        lines.append(f"query TF-IDF + tuned mix: mix 1, query {query['weight']:g} (NDCG@10 "
+                     f"{query['validation']['NDCG@10']:.4f} on {query['validation_requests']:,} validation requests, "
+                     f"{query['tried']} tried)")
+    elif "query" in found:
+        lines.append("query TF-IDF is not added to the mix: the data has no validation target to choose its weight on")
     if "sasrec" in found:
         lines += [f"SASRec, seed {run['seed']}: best epoch {run['best_epoch']} of {run['epochs']}"
                   + "".join(f", validation {k} {v:.4f}" for k, v in run["validation"].items())

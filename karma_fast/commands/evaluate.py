@@ -13,18 +13,18 @@ def main(args: argparse.Namespace) -> int:
     model, folder = load_model(args.model)
     data = fit_to(model, load_data(args.data, folder))
     from ..baselines import baseline_rows
+    from ..baselines.rows import KEYS
     from ..data import DataError
     from ..evaluation.evaluate import evaluate_model, protocol
-    from ..evaluation.verdict import key_of, verdict
+    from ..evaluation.verdict import verdict
 
     positions = draw(getattr(data.split, args.split), args.test_users, seed=0)
     if not len(positions):
         raise DataError(f"the data has no {args.split} target, so nothing can be ranked; see `karma-fast check-data`")
     rows = {}
     if args.baselines:
-        names = {"itemknn": "item_knn", "titletfidf": "title_tfidf"}
         found = baseline_rows(data, positions, mask_seen=args.masked)
-        rows = {names.get(key_of(name), name): row for name, row in found.items()}
+        rows = {KEYS.get(name, name): row for name, row in found.items()}
     own = model.config.recipe
     rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=sys.stderr.isatty())
     line = protocol(data, positions, model.config.max_history, args.masked)

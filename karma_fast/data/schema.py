@@ -135,6 +135,16 @@ class Sequences:
         left_out = np.random.default_rng(seed).random(len(self.queries)) < share
         return dataclasses.replace(self, queries=np.where(left_out, np.int32(-1), self.queries))
 
+    def has_queries(self, positions) -> bool:
+        """Whether one of the events at flat positions has a query.
+
+        >>> items, queries = np.zeros(3, np.int32), np.array([0, -1, -1], np.int32)
+        >>> whole = Sequences(np.array(["u"]), np.array([0, 3]), items, queries=queries, query_texts=["tea"])
+        >>> whole.has_queries([0, 2]), whole.has_queries([1, 2])
+        (True, False)
+        """
+        return self.queries is not None and bool((self.queries[np.asarray(positions, np.int64)] >= 0).any())
+
     def chosen_before(self, positions) -> np.ndarray:
         """(T,) bool: whether the item at each flat position is one that its user had chosen earlier.
 

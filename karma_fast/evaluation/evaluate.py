@@ -43,5 +43,7 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
 
 def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True) -> str:
     """One line to print beside every number."""
-    return (f"{ranking_rule(data, positions, mask_seen)}, the model reads the last {max_history} items; "
+    queries = ("; queries are read by the model and, of the baselines, by query TF-IDF alone"
+               if data.sequences.has_queries(positions) else "")
+    return (f"{ranking_rule(data, positions, mask_seen)}, the model reads the last {max_history} items{queries}; "
             f"{data.split.description}")

@@ -8,8 +8,8 @@ from typing import Any
 
 METRIC = "HR@10"
 NAMES = {"popularity": "popularity", "itemknn": "item-kNN", "titletfidf": "title TF-IDF",
-         "karmastart": "KARMA at the start", "karma": "KARMA", "rarecstart": "RA-Rec at the start",
-         "rarec": "RA-Rec"}
+         "querytfidf": "query TF-IDF", "karmastart": "KARMA at the start", "karma": "KARMA",
+         "rarecstart": "RA-Rec at the start", "rarec": "RA-Rec"}
 
 
 def number(value: Any) -> float:

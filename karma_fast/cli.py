@@ -197,7 +197,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                 "examples:\n  karma-fast embed runs/demo --items items.parquet --users users.parquet\n"
                 "  karma-fast embed runs/demo --items items.npy\n\n.parquet has the columns id and embedding "
                 "(list of float32);\nNAME.npy is (rows, width) float32 and goes with NAME.ids.txt, one id a line.\n"
-                "A user's embedding follows from all their events. Scores are inner products.")
+                "A user's embedding is of their last model.max_history events, held-out ones included, and of no "
+                "query.\nScores are inner products.")
     embed.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
     embed.add_argument("--items", metavar="FILE", help=".parquet or .npy for the item embeddings")
     embed.add_argument("--users", metavar="FILE", help=".parquet or .npy for the user embeddings")

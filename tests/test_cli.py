@@ -735,6 +735,28 @@ def test_embed(here, capsys, tmp_path):
     assert main(["embed", "runs/tiny", "--items", "items.csv"]) == 2
 
 
+def test_embed_says_that_users_are_embedded_without_queries(searching, here, capsys, tmp_path):
+    from karma_fast import KarmaModel
+    from karma_fast.data import load_dataset
+
+    users = tmp_path / "users.npy"
+    assert main(["embed", "runs/searches", "--users", str(users)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: the data has queries") and error.count("\n") == 1
+    assert "without any, from each user's last 6 events, held-out ones included" in error
+    assert "`karma-fast recommend --query`, or encode_users(histories, queries) in Python" in error
+    model = KarmaModel.from_pretrained("runs/searches/model")
+    sequences = load_dataset(RunConfig.load("runs/searches/config.yaml").data).sequences
+    last = [sequences.items[end - 6:end] for end in sequences.indptr[1:4]]
+    assert np.allclose(np.load(users)[:3], model.encode_users(last).numpy(), atol=1e-5)
+    assert main(["embed", "runs/tiny", "--users", str(users)]) == 0
+    assert main(["embed", "runs/searches", "--items", str(tmp_path / "items.npy")]) == 0
+    assert not capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["embed", "--help"])
+    assert "their last model.max_history events, held-out ones included, and of no query" in capsys.readouterr().out
+
+
 def test_embed_the_other_way_round(here, tmp_path):
     import polars as pl
 

@@ -25,6 +25,11 @@ def main(args: argparse.Namespace) -> int:
     if "users" in wanted:
         data = fit_to(model, load_data(args.data, folder))
         sequences = data.sequences
+        if sequences.queries is not None:
+            print("warning: the data has queries, and these embeddings of users are made without any, from each "
+                  f"user's last {model.config.max_history} events, held-out ones included; for a request with its "
+                  "query take `karma-fast recommend --query`, or encode_users(histories, queries) in Python",
+                  file=sys.stderr)
         histories = [sequences.items[start:end] for start, end in
                      zip(sequences.indptr[:-1], sequences.indptr[1:], strict=True)]
         vectors = model.encode_users(histories, progress=sys.stderr.isatty()).numpy()

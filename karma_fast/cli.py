@@ -208,7 +208,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     check = add("check-data", "check_data", "read the data, count it, and list what is wrong with it",
                 "examples:\n  karma-fast check-data shop.yaml\n  karma-fast check-data --interactions clicks.csv "
                 f"--items items.csv --time_column ts\n\n{section_help(DataConfig)}", True)
-    check.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
+    check.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read, and what its model "
+                       "makes of queries")
     baselines = add("baselines", "baselines", "rank the held-out items with training-free scorers, a mix and SASRec",
                     "examples:\n  karma-fast baselines shop.yaml\n  karma-fast baselines shop.yaml --unmasked --seeds "
                     "0,1,2 --output baselines.json\n  karma-fast baselines --name ml-100k --no-sasrec\n  karma-fast "

@@ -280,6 +280,23 @@ def test_check_data(tiny_dataset, tmp_path, capsys):
     assert "did you mean user_column" in capsys.readouterr().err
 
 
+def test_check_data_says_what_training_wants_of_queries(tiny_searches, tiny_dataset, tmp_path, capsys):
+    said = "recipe karma will not train on queries with model.positions all, its default; set model.positions: last"
+
+    def told(data, **sections) -> bool:
+        path = tmp_path / "a.yaml"
+        path.write_text(yaml.safe_dump({"data": {"interactions": data.interactions, "items": data.items}} | sections))
+        assert main(["check-data", str(path), "--json"]) == 0
+        return any(said in text for text in json.loads(capsys.readouterr().out)["warnings"])
+
+    assert told(tiny_searches) and told(tiny_searches, model={"max_history": 6})
+    assert not told(tiny_dataset)
+    assert not told(tiny_searches, model={"positions": "last"}) and not told(tiny_searches, recipe="ra_rec")
+    files = ["check-data", "--interactions", tiny_searches.interactions, "--items", tiny_searches.items]
+    assert main(files) == 0 and said in capsys.readouterr().out
+    assert main([*files, "--query_column", "false"]) == 0 and said not in capsys.readouterr().out
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+DATA_FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".inter", ".item")  # that `karma_fast.data` reads
+
 
 class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or contradicts another one."""
@@ -307,16 +309,23 @@ class RunConfig:
         if path is not None:
             import yaml
 
+            advice = ("data files are named as data.interactions and data.items of a YAML file or, for check-data, "
+                      "baselines, plan and select, with --interactions FILE --items FILE in its place")
+            if Path(path).suffix.lower() in DATA_FILES:
+                raise ConfigError(f"{path}: a data file, but CONFIG.yaml is needed there; {advice}")
             try:
                 text = Path(path).read_text(encoding="utf-8")
             except OSError as error:
                 raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+            except UnicodeDecodeError:
+                raise ConfigError(f"{path}: not a text in UTF-8, but CONFIG.yaml is needed there; {advice}") from None
             try:
                 values = yaml.safe_load(text) or {}
             except yaml.YAMLError as error:
                 raise ConfigError(f"{path}: not valid YAML: {error}") from None
             if not isinstance(values, dict):
-                raise ConfigError(f"{path}: needs sections data:, model: and training:, got {type(values).__name__}")
+                raise ConfigError(f"{path}: needs sections data:, model: and training:, got {type(values).__name__}; "
+                                  f"{advice}")
         values = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
         overrides = dict(overrides or {})
         if "recipe" in overrides:

@@ -297,6 +297,24 @@ def test_check_data_says_what_training_wants_of_queries(tiny_searches, tiny_data
     assert main([*files, "--query_column", "false"]) == 0 and said not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["baselines"], ["check-data"], ["plan"], ["select"], ["train"]])
+def test_a_data_file_in_place_of_the_config_is_told_where_to_go(words, tmp_path, tiny_dataset, capsys):
+    where = ("data files are named as data.interactions and data.items of a YAML file or, for check-data, baselines, "
+             "plan and select, with --interactions FILE --items FILE in its place")
+    assert main([*words, tiny_dataset.interactions]) == 2
+    error = capsys.readouterr().err
+    assert f"{tiny_dataset.interactions}: a data file, but CONFIG.yaml is needed there; {where}" in error
+    for name, content, said in (
+            ("clicks.jsonl", b'{"user": 1, "item": 2}\n', "a data file"),
+            ("clicks.parquet", b"PAR1\xff\xfe", "a data file"),
+            ("clicks", b"user_id,item_id\nu1,i1\n", "needs sections data:, model: and training:, got str"),
+            ("clicks.xlsx", b"PK\x03\x04\xff\xfe", "not a text in UTF-8, but CONFIG.yaml is needed there")):
+        (tmp_path / name).write_bytes(content)
+        assert main([*words, str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: {said}" in error and where in error
+
+
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

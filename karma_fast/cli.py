@@ -239,7 +239,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                f"nothing fits.\n\n{settings_help()}", True)
     plan.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="settings and data; without it, stated "
                       "assumptions are made about the data")
-    plan.add_argument("--model", metavar="M", help="local folder, hub id or known name (model.backbone)")
+    plan.add_argument("--model", metavar="M", help="model.backbone: a local folder, a hub id, or a short name "
+                      "such as qwen2.5-1.5b (for plan alone; training takes the hub id, such as Qwen/Qwen2.5-1.5B)")
     plan.add_argument("--gpu-memory", metavar="12GB", help="memory of a GPU, taken to have bfloat16; GB are 10^9 "
                       "bytes, GiB 2^30 (default: the first GPU here, with its own compute capability)")
     plan.add_argument("--batch-size", type=whole_or_word, metavar="PAIRS",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from karma_fast.cli import build_parser
 from karma_fast.commands.recommend import item_index
 from karma_fast.config import ConfigError, KarmaConfig
 from karma_fast.data import training_windows
@@ -16,10 +17,11 @@ from karma_fast.data.words import word_vectors
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
 from karma_fast.losses import frozen_decoder_loss
-from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device
+from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device, load_backbone
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
+from karma_fast.planning.shapes import HUB_IDS, SHAPES
 from karma_fast.recipes import RECIPES, recipe
 from karma_fast.retrieval import ItemIndex
 
@@ -383,6 +385,27 @@ def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
         build(tiny_config, tiny_data, tmp_path, lora_targets="no_such_layer")
     with pytest.raises(ConfigError, match="token embeddings"):
         build(tiny_config, tiny_data, tmp_path, lora_targets="q_proj,embed_tokens")
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("qwen2.5-1.5b", "this short name is for `karma-fast plan` alone, so give the hub id Qwen/Qwen2.5-1.5B, or a "),
+    ("Qwen2.5-7B-Instruct", "so give the hub id Qwen/Qwen2.5-7B-Instruct, or a local folder"),
+    ("Qwen/Qwen2.5-1.5B", "give a local folder, a hub id that this machine can reach, or smollm2-135m-instruct")])
+def test_a_short_name_of_plan_that_cannot_be_loaded_is_told_its_hub_id(name, advice, monkeypatch):
+    def unknown(name):
+        raise OSError(f"{name} is not a local folder")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unknown)
+    with pytest.raises(ConfigError) as caught:
+        load_backbone(KarmaConfig(backbone=name, quantization="none"), "cpu")
+    assert f"model.backbone: {name!r} cannot be loaded: {name} is not a local folder; " in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_every_short_name_of_plan_has_a_hub_id_and_help_says_whose_it_is():
+    assert [full.rpartition("/")[2].lower() for full in HUB_IDS.values()] == [*HUB_IDS] == [*SHAPES]
+    text = next(action.help for action in build_parser()[1]["plan"]._actions if action.dest == "model")
+    assert "(for plan alone; training takes the hub id, such as Qwen/Qwen2.5-1.5B)" in text
 
 
 def test_text_vectors_are_cached_by_model_and_text(tiny_config, tiny_data, tmp_path, monkeypatch):

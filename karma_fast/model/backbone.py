@@ -107,9 +107,14 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
-        raise ConfigError(f"model.backbone: {config.backbone!r} cannot be loaded: {str(error).splitlines()[0]}; give "
-                          "a local folder, a hub id that this machine can reach, or "
-                          f"{', '.join(GGUF_ASSETS)}") from error
+        from ..planning.shapes import hub_id
+
+        known = hub_id(name)  # a known asset's name is a folder by now
+        advice = (f"this short name is for `karma-fast plan` alone, so give the hub id {known}, or a local folder"
+                  if known else
+                  f"give a local folder, a hub id that this machine can reach, or {', '.join(GGUF_ASSETS)}")
+        raise ConfigError(f"model.backbone: {config.backbone!r} cannot be loaded: {str(error).splitlines()[0]}; "
+                          f"{advice}") from error
     if config.quantization == "none":
         model.to(device)
     return ready_to_train(model, config), tokenizer

@@ -22,6 +22,18 @@ SHAPES = {
     "qwen2.5-3b": ("qwen2", 2048, 11008, 36, 16, 2, 151936, True),
     "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
 }
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+           "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B", "qwen2.5-3b": "Qwen/Qwen2.5-3B", "qwen2.5-7b": "Qwen/Qwen2.5-7B"}
+
+
+def hub_id(name: str) -> str:
+    """What the hub calls a model of ``SHAPES``, as training wants it; "" for any other name.
+
+    >>> hub_id("qwen2.5-1.5b"), hub_id("Qwen2.5-7B-instruct"), hub_id("Qwen/Qwen2.5-7B")
+    ('Qwen/Qwen2.5-1.5B', 'Qwen/Qwen2.5-7B-Instruct', '')
+    """
+    short = name.lower().removesuffix("-instruct")
+    return HUB_IDS.get(short, "") and HUB_IDS[short] + "-Instruct" * (short != name.lower())
 
 
 def language_model(name: str) -> PretrainedConfig:

@@ -8,10 +8,11 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from importlib import import_module
 
 from . import __version__
-from .config import ConfigError, DataConfig, KarmaConfig
+from .config import MOST_REQUESTS, ConfigError, DataConfig, KarmaConfig
 
 STARTED = time.perf_counter()  # what a run reports as its time includes the loading of packages
 
@@ -145,16 +146,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     train.add_argument("config", metavar="CONFIG.yaml", help="sections data:, model: and training:, and maybe recipe:")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
-    for command, group in ((demo, demo), (train, again)):
+    for group in (demo, again):
         group.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
-        command.add_argument("--test-users", type=whole, default=0, metavar="N",
-                             help="evaluate on N test requests drawn by the seed (default: all)")
 
     evaluate = add("evaluate", "evaluate", "rank the held-out items of a data set against its whole catalogue",
                    "examples:\n  karma-fast evaluate runs/demo\n  karma-fast evaluate runs/demo --split valid --json")
     evaluate.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
     evaluate.add_argument("--split", choices=("test", "valid"), default="test", help="which targets (default: test)")
-    evaluate.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
     evaluate.add_argument("--baselines", action="store_true", help="rows of popularity, item-kNN and title "
                           "TF-IDF too, and of query TF-IDF where requests have queries")
 
@@ -224,7 +222,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         masked.add_argument("--masked", dest="masked", action="store_true", default=True,
                             help=f"leave out what the user chose before{counted} (default)")
         masked.add_argument("--unmasked", dest="masked", action="store_false", help="rank all items")
-    baselines.add_argument("--test-users", type=whole, default=0, metavar="N", help="N requests drawn by the seed")
+    for command in (demo, train, evaluate, baselines):
+        command.add_argument("--test-users", type=partial(whole, least=0), metavar="N",
+                             help="rank N requests drawn by the seed; 0: all (default: all, but at most "
+                             f"{MOST_REQUESTS:,})")
     baselines.add_argument("--no-sasrec", action="store_true", help="only what needs no training")
     baselines.add_argument("--seed", type=int, default=0, help="of requests drawn, search and SASRec (default: 0)")
     baselines.add_argument("--seeds", metavar="0,1,2", help="train SASRec with each; its row is their mean")
@@ -264,9 +265,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     return parser, made
 
 
-def whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; a whole number of 1 or more is needed")
+def whole(text: str, least: int = 1) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}; a whole number of {least} or more is needed")
     return int(text)
 
 

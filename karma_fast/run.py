@@ -20,7 +20,7 @@ from .baselines import baseline_rows
 from .baselines.rows import KEYS
 from .callbacks import Lines
 from .checkpoints import last_checkpoint
-from .commands.common import device_name, draw, table
+from .commands.common import device_name, draw, requests_to_rank, table
 from .config import ConfigError, RunConfig
 from .data import DataError, check, load_dataset
 from .data.batches import KarmaCollator, request
@@ -43,14 +43,15 @@ DECODED = 512  # test requests whose target's text is decoded with losses
 
 
 def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: bool = False, overwrite: bool = False,
-        test_users: int = 0, started: float | None = None, leave: bool = False,
+        test_users: int | None = None, started: float | None = None, leave: bool = False,
         say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains and evaluates what ``config`` describes.
 
     Args:
         folder: of the run. One that holds a run already is refused, unless ``resume`` (go on from its last complete
             checkpoint) or ``overwrite``.
-        command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by the seed; 0: all.
+        command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by the seed; 0: all; None:
+            all, but at most ``MOST_REQUESTS``.
         started: `time.perf_counter()` at the start of what the recorded seconds count; default now.
         leave: whether this is the last training of several processes, so that their group ends after it.
         say: where the lines for the reader go.
@@ -75,7 +76,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         data = checked_data(config, say)
         if config.model.positions == "all":
             KarmaCollator(config.model, None, data.sequences, None)  # refuses queries before any model is loaded
-        positions = np.sort(draw(data.split.test, test_users, args.seed))
+        positions = np.sort(requests_to_rank(data.split.test, test_users, args.seed, say))
         shown = draw(positions, EXAMPLES, args.seed)
     config.model = fit_to_gpu(args, config.model, data, say)
     model_class = recipe(config.model.recipe).model_class()
@@ -126,8 +127,9 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         examples = examples_of(model, data, shown, after[np.searchsorted(positions, shown)])
         if labels:
             _, map_after = attention_of(model, data, shown[0])
-    metrics = {"recipe": own, "rows": rows, "protocol": protocol(data, positions, config.model.max_history),
-               "requests": len(positions), "seed": args.seed,
+    there = len(data.split.test)
+    metrics = {"recipe": own, "rows": rows, "requests": len(positions), "drawn_from": there, "seed": args.seed,
+               "protocol": protocol(data, positions, config.model.max_history, drawn_from=there),
                "steps": trainer.state.global_step, "command": command, "versions": versions(),
                "device": device_name(args.device), "decoding": decoding}
     with stage("saving", stages):

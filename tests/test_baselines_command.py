@@ -58,8 +58,17 @@ def test_unmasked_and_fewer_requests(shop, capsys):
     assert main(["baselines", "shop.yaml", "--unmasked", "--no-sasrec", "--test-users", "7", "--seed", "3",
                  "--output", "b.json"]) == 0
     found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
-    assert "7 requests" in found["protocol"] and "seen items kept" in capsys.readouterr().out
+    assert "7 requests, drawn by seed from 30, ranked" in found["protocol"] and found["drawn_from"] == 30
+    assert "seen items kept" in capsys.readouterr().out
     assert not found["masked"] and found["seed"] == 3 and found["requests"] == 7
+
+
+def test_at_most_so_many_requests_are_ranked_unless_all_are_asked_for(shop, capsys, monkeypatch):
+    monkeypatch.setattr("karma_fast.commands.common.MOST_REQUESTS", 12)
+    for words, ranked in (((), "12 requests, drawn by seed from 30,"), (["--test-users", "0"], "30 requests ranked")):
+        assert main(["baselines", "shop.yaml", "--no-sasrec", *words]) == 0
+        out, err = capsys.readouterr()
+        assert ranked in out and ("12 of 30 requests are drawn" in err) == (not words)
 
 
 def test_folder_keeps_what_was_trained(shop, capsys):

@@ -19,7 +19,7 @@ import yaml
 
 from karma_fast import __version__
 from karma_fast.cli import build_parser, explain, main, split_settings
-from karma_fast.commands.common import model_folder
+from karma_fast.commands.common import model_folder, requests_to_rank
 from karma_fast.config import ConfigError, RunConfig, convert
 from karma_fast.evaluation import paths
 from karma_fast.run_setup import prepare_folder, training_settings
@@ -544,7 +544,9 @@ def test_resume_after_a_kill_gives_the_same_model(here, capsys):
     assert "going on from runs/again/checkpoint-2" in capsys.readouterr().out
     one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("tiny", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert json.loads(Path("runs/again/metrics.json").read_text(encoding="utf-8"))["requests"] == 10
+    metrics = json.loads(Path("runs/again/metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["requests"], metrics["drawn_from"]) == (10, 30)
+    assert "10 requests, drawn by seed from 30, ranked against all 40 items" in metrics["protocol"]
 
 
 def test_a_backbone_without_attention_leaves_its_map_out(here, tiny_backbone, tmp_path, capsys):
@@ -754,6 +756,31 @@ def test_evaluate(here, capsys):
     assert "no model there" in capsys.readouterr().err
 
 
+def test_at_most_so_many_requests_are_ranked_unless_all_are_asked_for(here, capsys, monkeypatch):
+    monkeypatch.setattr("karma_fast.commands.common.MOST_REQUESTS", 12)
+    said = ("12 of 30 requests are drawn and ranked, so HR has a standard error of at most 0.1444; --test-users 0 "
+            "ranks all\n")
+    found = []
+    for words in ((), ("--test-users", "12"), ("--test-users", "0")):
+        assert main(["evaluate", "runs/tiny", "--json", *words]) == 0
+        out, err = capsys.readouterr()
+        found.append(json.loads(out))
+        assert err == ("" if words else said)
+    assert found[0] == found[1] and [part["requests"] for part in found[1:]] == [12, 30]
+    assert "12 requests, drawn by seed from 30, ranked" in found[0]["protocol"] and found[0]["drawn_from"] == 30
+    assert "30 requests ranked" in found[2]["protocol"] and "drawn" not in found[2]["protocol"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "runs/tiny", "--test-users", "-1"])
+
+
+def test_the_standard_error_of_the_requests_that_are_drawn():
+    said = []
+    assert len(requests_to_rank(np.arange(50_000), None, 0, said.append)) == 50_000 and not said
+    assert len(requests_to_rank(np.arange(50_001), 0, 0, said.append)) == 50_001 and not said
+    drawn = requests_to_rank(np.arange(50_001), None, 0, said.append)
+    assert len(drawn) == 50_000 and "50,000 of 50,001" in said[0] and "at most 0.0023" in said[0]
+
+
 def test_embed(here, capsys, tmp_path):
     import polars as pl
 
@@ -801,10 +828,13 @@ def test_embed_the_other_way_round(here, tmp_path):
     assert pl.read_parquet(users).height == 30
 
 
-def test_an_index_by_name_and_evaluations_while_training(here, capsys):
+def test_an_index_by_name_and_evaluations_while_training(here, capsys, monkeypatch):
     words = ["--max_steps", "2", "--model.index", "hnsw", "--eval_strategy", "steps", "--eval_steps", "1"]
+    monkeypatch.setattr("karma_fast.commands.common.MOST_REQUESTS", 12)
     assert main(["train", "shop.yaml", *words, "--output_dir", "runs/hnsw"]) == 0
-    capsys.readouterr()
+    assert "12 of 30 requests are drawn" in capsys.readouterr().out
+    metrics = json.loads(Path("runs/hnsw/metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["requests"], metrics["drawn_from"]) == (12, 30) and "12 requests, drawn" in metrics["protocol"]
     assert json.loads(Path("runs/hnsw/model/index.json").read_text(encoding="utf-8"))["kind"] == "hnsw"
     assert Path("runs/hnsw/report.md").read_text(encoding="utf-8").count("HR@10") > 2
     assert main(["recommend", "runs/hnsw", "--history", "i5,i6", "--k", "3", "--json"]) == 0

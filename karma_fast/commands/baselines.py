@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import ConfigError, DataConfig, unknown_key
-from .common import COLUMNS, device_name, draw, load_config, table
+from .common import COLUMNS, device_name, load_config, requests_to_rank, table
 
 if TYPE_CHECKING:
     from ..baselines import SASRecConfig
@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> int:
 
     sasrec = SASRecConfig.from_dict(sasrec_settings)
     data = load_dataset(config)
-    positions = draw(data.split.test, args.test_users, args.seed)
+    positions = requests_to_rank(data.split.test, args.test_users, args.seed,
+                                 lambda text: print(text, file=sys.stderr))
     if not len(positions):
         raise DataError("the data has no test target, so nothing can be ranked; see `karma-fast check-data`")
     bars = sys.stderr.isatty()
@@ -46,9 +47,9 @@ def main(args: argparse.Namespace) -> int:
     if args.output:
         from ..model.storage import versions, write_atomically
 
-        found |= {"protocol": line, "split": "test", "requests": len(positions), "masked": args.masked,
-                  "seed": args.seed, "command": shlex.join(["karma-fast", *sys.argv[1:]]), "device": device_name(),
-                  "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
+        found |= {"protocol": line, "split": "test", "requests": len(positions), "drawn_from": len(data.split.test),
+                  "masked": args.masked, "seed": args.seed, "command": shlex.join(["karma-fast", *sys.argv[1:]]),
+                  "device": device_name(), "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(args.output), json.dumps(found, indent=1) + "\n")
         print(f"written  {args.output}")
@@ -141,9 +142,10 @@ def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
     """One line to print beside the table."""
     from ..evaluation.held_out import ranking_rule
 
-    queries = ("; queries are read by the rows of query TF-IDF alone" if data.sequences.has_queries(positions) else "")
-    return (f"{ranking_rule(data, positions, masked)}; statistics and weights from the training part alone, all "
-            f"events before the target are history{queries}; {data.split.description}")
+    rule = ranking_rule(data, positions, masked, len(data.split.test))
+    queries = "; queries are read by the rows of query TF-IDF alone" if data.sequences.has_queries(positions) else ""
+    return (f"{rule}; statistics and weights from the training part alone, all events before the target are history"
+            f"{queries}; {data.split.description}")
 
 
 def remarks(found: dict[str, Any]) -> str:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import os
 import platform
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checkpoints import checkpoints
-from ..config import ConfigError, RunConfig
+from ..config import MOST_REQUESTS, ConfigError, RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +121,16 @@ def draw(positions: np.ndarray, number: int, seed: int) -> np.ndarray:
     if not 0 < number < len(positions):
         return positions
     return np.sort(np.random.default_rng(seed).choice(positions, number, replace=False))
+
+
+def requests_to_rank(positions: np.ndarray, number: int | None, seed: int, say: Callable[[str], None]) -> np.ndarray:
+    """What `draw` draws; for None all, or ``MOST_REQUESTS`` where there are more, which is said."""
+    drawn = draw(positions, MOST_REQUESTS if number is None else number, seed)
+    if number is None and len(drawn) < len(positions):
+        error = math.ceil(5000 / math.sqrt(len(drawn))) / 10_000  # of a share of one half, rounded up
+        say(f"{len(drawn):,} of {len(positions):,} requests are drawn and ranked, so HR has a standard error of at "
+            f"most {error:.4f}; --test-users 0 ranks all")
+    return drawn
 
 
 def cpu_name() -> str:

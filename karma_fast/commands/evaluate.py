@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from .common import COLUMNS, draw, fit_to, load_data, load_model, table
+from .common import COLUMNS, fit_to, load_data, load_model, requests_to_rank, table
 
 
 def main(args: argparse.Namespace) -> int:
@@ -18,7 +18,8 @@ def main(args: argparse.Namespace) -> int:
     from ..evaluation.evaluate import evaluate_model, protocol
     from ..evaluation.verdict import verdict
 
-    positions = draw(getattr(data.split, args.split), args.test_users, seed=0)
+    there = getattr(data.split, args.split)
+    positions = requests_to_rank(there, args.test_users, 0, lambda text: print(text, file=sys.stderr))
     if not len(positions):
         raise DataError(f"the data has no {args.split} target, so nothing can be ranked; see `karma-fast check-data`")
     rows = {}
@@ -27,9 +28,10 @@ def main(args: argparse.Namespace) -> int:
         rows = {KEYS.get(name, name): row for name, row in found.items()}
     own = model.config.recipe
     rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=sys.stderr.isatty())
-    line = protocol(data, positions, model.config.max_history, args.masked)
+    line = protocol(data, positions, model.config.max_history, args.masked, len(there))
     if args.json:
-        print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions)}, indent=1))
+        print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions),
+                          "drawn_from": len(there)}, indent=1))
         return 0
     print(f"{table(rows, (*COLUMNS, 'AUC', 'tie_share'))}\n\n{args.split}: {line}")
     if args.baselines:

@@ -41,9 +41,11 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
     return ranking_metrics(ranks, ks, num_items=len(data.items))
 
 
-def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True) -> str:
-    """One line to print beside every number."""
+def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True,
+             drawn_from: int = 0) -> str:
+    """One line to print beside every number. drawn_from: see `ranking_rule`."""
     queries = ("; queries are read by the model and, of the baselines, by query TF-IDF alone"
                if data.sequences.has_queries(positions) else "")
-    return (f"{ranking_rule(data, positions, mask_seen)}, the model reads the last {max_history} items{queries}; "
+    rule = ranking_rule(data, positions, mask_seen, drawn_from)
+    return (f"{rule}, the model reads the last {max_history} items{queries}; "
             f"{data.split.description}")

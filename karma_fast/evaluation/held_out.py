@@ -30,11 +30,15 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
     return ranks.missed(sequences.chosen_before(positions))
 
 
-def ranking_rule(data: Any, positions: np.ndarray, mask_seen: bool) -> str:
-    """What was ranked and how, beside a table. data: :class:`karma_fast.data.Dataset`."""
+def ranking_rule(data: Any, positions: np.ndarray, mask_seen: bool, drawn_from: int = 0) -> str:
+    """What was ranked and how, beside a table.
+
+    data: :class:`karma_fast.data.Dataset`. drawn_from: how many requests there were to draw from.
+    """
     rule = "seen items left out" if mask_seen else "seen items kept"
     repeated = int(data.sequences.chosen_before(positions).sum()) if mask_seen else 0
     if repeated:
         rule += f" ({repeated:,} targets chosen before count as missed)"
-    return (f"{data.name or 'data'}: {len(positions):,} requests ranked against all {len(data.items):,} items, {rule}"
-            ", ties count half")
+    drawn = f", drawn by seed from {drawn_from:,}," if len(positions) < drawn_from else ""
+    return (f"{data.name or 'data'}: {len(positions):,} requests{drawn} ranked against all {len(data.items):,} items, "
+            f"{rule}, ties count half")

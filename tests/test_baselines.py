@@ -1,6 +1,7 @@
 """Training-free baselines against dense loops, and what they may look at."""
 
 import re
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -74,6 +75,24 @@ def test_scores_equal_loops(lists):
         np.testing.assert_allclose(found["text with decay"][u], weights @ text[past], atol=1e-6)
         np.testing.assert_array_equal(found["transitions"][u], [follows[past[-1], j] for j in range(7)])
         assert not found["query TF-IDF"][u].any()  # the data has no queries
+
+
+def test_scores_are_never_wide_in_float64():
+    """Nor does popularity write the same numbers for each request."""
+    width, rng = 50_000, np.random.default_rng(0)
+    events = rng.integers(0, width, (40, 30))
+    sequences = Sequences(np.arange(40).astype(str), np.arange(0, 1201, 30), events.reshape(-1).astype(np.int32))
+    split = Split(sequences.indptr[1:], np.array([], int), sequences.indptr[1:] - 1, "")
+    history = recent_history(sequences, split.test, width)
+    matrix = training_matrix(sequences, split, width)
+    scorers = (popularity(matrix), item_knn(matrix), tf_idf([f"w{i}" for i in range(width)]),
+               transitions(transition_counts(sequences, split, width)))
+    for scorer, most in zip(scorers, (0.1, 1.5, 1.5, 1.5), strict=True):
+        tracemalloc.start()
+        found = scorer(history)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.shape == (40, width) and found.dtype == np.float32 and peak < most * 4 * 40 * width
 
 
 def test_transitions_are_directed_and_stay_within_a_user():

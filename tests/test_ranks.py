@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karma_fast import retrieval
-from karma_fast.evaluation import counting, ranks, scores, torch_ranks
+from karma_fast.evaluation import counting, scores, torch_ranks
 from karma_fast.evaluation.csr import csr_from_lists, csr_ranges, csr_rows
 from karma_fast.evaluation.metrics import ranking_metrics
 from karma_fast.evaluation.ranks import Ranks, rank_scores, target_ranks, top_k
@@ -106,8 +106,7 @@ def test_blocks_and_threads_change_nothing(monkeypatch):
     whole, best = target_ranks(queries, items, targets, seen=seen), top_k(queries, items, 9, seen=seen)
     assert (whole.ties > 0).any()
     monkeypatch.setattr(counting, "BLOCK", 5)
-    for module in (ranks, torch_ranks):
-        monkeypatch.setattr(module, "ITEM_PANEL", 7)
+    monkeypatch.setattr(torch_ranks, "ITEM_PANEL", 7)
     monkeypatch.setattr(torch_ranks, "ROW_BYTES", 3000)
     monkeypatch.setattr(scores, "PAIRS", 3)
     for threads in (1, 2):
@@ -160,9 +159,28 @@ def test_rank_scores_is_the_same_count():
     given_scores = torch.tensor([[1.0, 2.0]])
     rank_scores(given_scores, [0])
     assert torch.equal(given_scores, torch.tensor([[1.0, 2.0]]))
-    for bad in (np.array([[1.0, np.nan]]), np.array([[1, 2]]), np.ones(3), np.ones((1, 0))):
+    for bad in (np.array([[1.0, np.nan]]), np.array([[-np.inf, 1.0]], np.float32), np.array([[1, 2]]), np.ones(3),
+                np.ones((1, 0))):
         with pytest.raises(ValueError, match="scores: "):
             rank_scores(bad, [0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rank_scores_compares_what_is_given_without_a_copy(dtype, recwarn):
+    rng = np.random.default_rng(0)
+    given = torch.from_numpy(np.round(rng.standard_normal((9, 400)) * 4) / 4).to(dtype)
+    given[:, 7] = given[:, 3] + 2.0**-40  # another number in float64 alone
+    own, left_out = [[i, i + 3] for i in range(9)], [[i, i + 9, 399, 399] for i in range(9)]
+    found = rank_scores(given, csr_from_lists(own), csr_from_lists(left_out))
+    table = given.double().numpy()
+    for t, (q, item) in enumerate((row, item) for row, items in enumerate(own) for item in items):
+        kept = [j for j in range(400) if j != item and (j in own[q] or j not in left_out[q])]
+        assert found.greater[t] == (table[q, kept] > table[q, item]).sum()
+        assert found.ties[t] == (table[q, kept] == table[q, item]).sum() and found.candidates[t] == len(kept) + 1
+    same = np.broadcast_to(table[0].astype(np.float32), (64, 400))  # cannot be written to, and need not be
+    assert as_lists(rank_scores(same, np.full(64, 5))) == [[x] * 64 for x in (
+        (same[0] > same[0, 5]).sum(), (same[0] == same[0, 5]).sum() - 1, 400)]
+    assert not recwarn.list
 
 
 def test_concat():

@@ -25,7 +25,7 @@ def popularity(matrix: Any) -> Scorer:
     array([[3., 1.]], dtype=float32)
     """
     counts = np.asarray(matrix.sum(axis=0), np.float32).reshape(1, -1)
-    return lambda history: np.repeat(counts, history.shape[0], axis=0)
+    return lambda history: np.broadcast_to(counts, (history.shape[0], counts.shape[1]))  # one row for all
 
 
 def item_knn(matrix: Any) -> Scorer:
@@ -46,7 +46,7 @@ def item_knn(matrix: Any) -> Scorer:
     chosen = (chosen @ sparse.diags(1 / np.sqrt(np.maximum(users, 1)))).tocsr()  # columns of length 1
     back = chosen.T.tocsr()
     # users between the two products keep this sparse; the (N, N) table of cosines need not fit in memory
-    return lambda history: ((history @ back) @ chosen - history @ known).toarray().astype(np.float32)
+    return lambda history: dense((history @ back) @ chosen - history @ known)
 
 
 def tf_idf(texts: Sequence[str]) -> Scorer:
@@ -58,7 +58,7 @@ def tf_idf(texts: Sequence[str]) -> Scorer:
     """
     vectors = tf_idf_vectors(texts)
     back = vectors.T.tocsr()
-    return lambda history: ((history @ vectors) @ back).toarray().astype(np.float32)
+    return lambda history: dense((history @ vectors) @ back)
 
 
 def transitions(counts: Any) -> Scorer:
@@ -73,4 +73,12 @@ def transitions(counts: Any) -> Scorer:
     >>> transitions(sparse.csr_matrix([[0.0, 2.0], [1.0, 0.0]]))(sparse.csr_matrix([[1.0, 0.0]]))
     array([[0., 2.]], dtype=float32)
     """
-    return lambda history: (history @ counts).toarray().astype(np.float32)
+    return lambda history: dense(history @ counts)
+
+
+def dense(scores: Any) -> np.ndarray:
+    """(R, N) float32 of a sparse matrix that has each place once; rounded before it is wide, its places not copied."""
+    from scipy import sparse
+
+    scores = scores.tocsr()
+    return sparse.csr_matrix((scores.data.astype(np.float32), scores.indices, scores.indptr), scores.shape).toarray()

@@ -103,11 +103,10 @@ class TargetCounts:
             start = stop
 
     def count(self, scores: torch.Tensor, start: int, stop: int, first: int, begin: int, exact: np.ndarray,
-              margin: np.ndarray, decide: Callable[[np.ndarray, np.ndarray], np.ndarray] | None) -> None:
+              margin: np.ndarray, decide: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         """Adds what one panel (queries from ``first``, items from ``begin``; overwritten) says on targets start..stop.
 
-        ``decide(row, column)`` gives exact scores where a panel score is within ``margin`` of the target's; without it
-        panel scores are exact.
+        ``decide(row, column)`` gives exact scores where a panel score is within ``margin`` of the target's.
         """
         width = scores.shape[1]
         if self.left_out is not None:
@@ -128,9 +127,6 @@ class TargetCounts:
         above = (scores > (goal + slack)[:, None]).sum(dim=1).numpy()
         near = (scores >= (goal - slack)[:, None]).sum(dim=1).numpy() - above
         self.greater[start:stop] += above
-        if decide is None:
-            self.ties[start:stop] += near
-            return
         which = np.flatnonzero(near)
         scores = scores[torch.from_numpy(which)]
         band = (scores >= (goal - slack)[which, None]) & (scores <= (goal + slack)[which, None])

@@ -17,11 +17,10 @@ import torch
 
 from . import device_ranks, native_ranks, torch_ranks
 from .catalogue import ABSENCE, Catalogue, by_torch, check_path, native, thread_count
-from .counting import TargetCounts, Targets
-from .csr import Csr, check_csr
+from .counting import Targets, left_out
+from .csr import Csr, check_csr, csr_ranges
 from .rows import Rows, check_finite, check_kind, check_widths
 
-ITEM_PANEL = 8192  # of given scores, looked at together
 LONG = 20 * 10**9  # products, about a second by torch
 
 
@@ -289,17 +288,28 @@ def rank_scores(scores: Any, targets: Any, seen: Csr | None = None) -> Ranks:
         >>> rank_scores(np.array([[3.0, 1.0, 1.0, 0.0]]), [1]).expected
         array([1.5])
     """
-    scores = scores.detach().cpu() if isinstance(scores, torch.Tensor) else torch.as_tensor(np.asarray(scores))
-    if scores.ndim != 2 or not scores.is_floating_point() or scores.shape[1] == 0:
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}, dtype {scores.dtype}; floating (queries, items) "
+    if isinstance(scores, torch.Tensor):
+        scores = scores.detach().cpu()
+        scores = scores.float() if scores.dtype == torch.bfloat16 else scores  # which numpy lacks; the same values
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or not np.issubdtype(scores.dtype, np.floating) or scores.shape[1] == 0:
+        raise ValueError(f"scores: got shape {scores.shape}, dtype {scores.dtype}; floating (queries, items) "
                          "with at least one item is needed")
-    if not bool(torch.isfinite(scores).all()):
+    if not np.isfinite(scores).all():
         raise ValueError("scores: NaN or infinite values cannot be ranked")
     targets = Targets.check(targets, *scores.shape)
-    goal = TargetCounts(targets, scores.shape[1], seen)
-    exact = scores[torch.from_numpy(goal.query), torch.from_numpy(goal.item)].double().numpy()
-    for begin in range(0, scores.shape[1], ITEM_PANEL):
-        for start, stop, rows in goal.blocks():
-            panel = scores[rows, begin:begin + ITEM_PANEL].to(torch.float64, copy=True)
-            goal.count(panel, start, stop, rows.start, begin, exact, np.zeros(len(scores)), None)
-    return Ranks(goal.greater, goal.ties, goal.candidates, targets.indptr)
+    query, own = targets.query, scores[targets.query, targets.item]
+    greater, ties = np.zeros((2, len(own)), np.int64)
+    for place, (row, score) in enumerate(zip(query, own, strict=True)):
+        greater[place] = np.count_nonzero(scores[row] > score)
+        ties[place] = np.count_nonzero(scores[row] == score) - 1  # the target itself
+    candidates = np.full(len(own), scores.shape[1], np.int64)
+    listed = left_out(seen, targets, scores.shape[1])
+    if listed is not None:  # what is left out was counted, so it is taken off
+        indptr, items = csr_ranges(listed[1], listed[0][query], listed[0][query + 1])
+        place = np.repeat(np.arange(len(own)), np.diff(indptr))
+        given, goal = scores[query[place], items], own[place]
+        greater -= np.bincount(place[given > goal], minlength=len(own))
+        ties -= np.bincount(place[given == goal], minlength=len(own))
+        candidates -= np.diff(indptr)
+    return Ranks(greater, ties, candidates, targets.indptr)

@@ -68,6 +68,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         except ImportError as error:
             raise ConfigError(f"model.index: {error}") from error
     leader = args.process_index == 0  # under torchrun the others only train
+    bars = leader and not args.disable_tqdm
     say = say if leader else lambda text: None
     if leader:
         prepare_folder(folder, config, resume, overwrite)
@@ -83,18 +84,18 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     say(f"loading {config.model.backbone} and encoding {len(data.items):,} items")
     with stage("model", stages):
         model = model_class.build(config.model, data.items, data.sequences, data.split, seed=args.seed,
-                                  device=args.device, progress=leader and not args.disable_tqdm)
+                                  device=args.device, progress=bars)
         trainer = KarmaTrainer(model, args, data, callbacks=[Lines()] if args.disable_tqdm else None)
     say("\n" + banner(trainer, data, folder))
     rows, own = {}, config.model.recipe
     if leader:
         say(f"ranking {len(positions):,} test requests before training")
         with stage("baselines", stages):
-            rows |= {KEYS.get(name, name): row for name, row in baseline_rows(data, positions).items()}
+            rows |= {KEYS.get(name, name): row for name, row in baseline_rows(data, positions, progress=bars).items()}
         best = max(row["HR@10"] for row in rows.values())
         with stage("start", stages):
-            before = encode_requests(model, data, positions)
-            rows[f"{own}_start"] = evaluate_model(model, data, positions, users=before)
+            before = encode_requests(model, data, positions, bars)
+            rows[f"{own}_start"] = evaluate_model(model, data, positions, users=before, progress=bars)
             try:
                 labels, map_before = attention_of(model, data, shown[0])
             except NoAttention as error:
@@ -119,8 +120,8 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
 
     say(f"ranking {len(positions):,} test requests after training")
     with stage("evaluation", stages):
-        after = encode_requests(model, data, positions)
-        rows[own] = evaluate_model(model, data, positions, users=after)
+        after = encode_requests(model, data, positions, bars)
+        rows[own] = evaluate_model(model, data, positions, users=after, progress=bars)
         of_users = data.sequences.first_of_each(positions)  # a decoding is compared with another user's
         drawn = np.searchsorted(positions, draw(of_users, DECODED, args.seed))
         decoding = decoding_check(model, after[drawn], data.sequences.items[positions[drawn]])

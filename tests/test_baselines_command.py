@@ -1,6 +1,7 @@
 """`karma-fast baselines`: its table, its file, its settings."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -69,6 +70,13 @@ def test_at_most_so_many_requests_are_ranked_unless_all_are_asked_for(shop, caps
         assert main(["baselines", "shop.yaml", "--no-sasrec", *words]) == 0
         out, err = capsys.readouterr()
         assert ranked in out and ("12 of 30 requests are drawn" in err) == (not words)
+
+
+def test_bars_for_each_row_on_a_terminal(shop, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["baselines", "shop.yaml", *QUICK]) == 0
+    err = capsys.readouterr().err
+    assert all(f"{name}: 100%" in err for name in (*ROWS[:-1], "SASRec, seed 0", "ranking"))
 
 
 def test_folder_keeps_what_was_trained(shop, capsys):

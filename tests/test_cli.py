@@ -773,6 +773,14 @@ def test_at_most_so_many_requests_are_ranked_unless_all_are_asked_for(here, caps
         main(["evaluate", "runs/tiny", "--test-users", "-1"])
 
 
+def test_evaluate_shows_a_bar_for_each_row_on_a_terminal(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["evaluate", "runs/tiny", "--json", "--baselines"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and all(f"{name}: 100%" in err for name in (
+        "popularity", "item-kNN", "title TF-IDF", "encoding users", "ranking"))
+
+
 def test_the_standard_error_of_the_requests_that_are_drawn():
     said = []
     assert len(requests_to_rank(np.arange(50_000), None, 0, said.append)) == 50_000 and not said
@@ -831,8 +839,12 @@ def test_embed_the_other_way_round(here, tmp_path):
 def test_an_index_by_name_and_evaluations_while_training(here, capsys, monkeypatch):
     words = ["--max_steps", "2", "--model.index", "hnsw", "--eval_strategy", "steps", "--eval_steps", "1"]
     monkeypatch.setattr("karma_fast.commands.common.MOST_REQUESTS", 12)
-    assert main(["train", "shop.yaml", *words, "--output_dir", "runs/hnsw"]) == 0
-    assert "12 of 30 requests are drawn" in capsys.readouterr().out
+    assert main(["train", "shop.yaml", *words, "--output_dir", "runs/hnsw", "--disable_tqdm", "false"]) == 0
+    out, err = capsys.readouterr()
+    assert "12 of 30 requests are drawn" in out
+    for bar, times in (("popularity: 100%", 1), ("item-kNN: 100%", 1), ("encoding users: 100%", 2),
+                       ("ranking: 100%", 2)):  # before the training and after it
+        assert err.count(bar) >= times, bar
     metrics = json.loads(Path("runs/hnsw/metrics.json").read_text(encoding="utf-8"))
     assert (metrics["requests"], metrics["drawn_from"]) == (12, 30) and "12 requests, drawn" in metrics["protocol"]
     assert json.loads(Path("runs/hnsw/model/index.json").read_text(encoding="utf-8"))["kind"] == "hnsw"

@@ -130,7 +130,8 @@ def trained(data: Dataset, positions: np.ndarray, args: argparse.Namespace, conf
         folder = Path(args.folder) / f"seed-{seed}" if args.folder else None
         model = train_sasrec(data, config, seed=seed, progress=bars, folder=folder)
         users = model.user_vectors([data.sequences.history(p, config.max_history) for p in positions])
-        ranks = held_out_ranks(data.sequences, positions, users, model.item_vectors(), mask_seen=args.masked)
+        ranks = held_out_ranks(data.sequences, positions, users, model.item_vectors(), mask_seen=args.masked,
+                               progress=bars)
         runs.append({**model.facts, "row": ranking_metrics(ranks, num_items=len(data.items))})
     rows["SASRec"] = {name: float(np.mean([run["row"][name] for run in runs])) for name in runs[0]["row"]}
     spread = {name: float(np.std([run["row"][name] for run in runs], ddof=1)) for name in runs[0]["row"]

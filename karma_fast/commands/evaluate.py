@@ -22,12 +22,12 @@ def main(args: argparse.Namespace) -> int:
     positions = requests_to_rank(there, args.test_users, 0, lambda text: print(text, file=sys.stderr))
     if not len(positions):
         raise DataError(f"the data has no {args.split} target, so nothing can be ranked; see `karma-fast check-data`")
-    rows = {}
+    rows, bars = {}, sys.stderr.isatty()
     if args.baselines:
-        found = baseline_rows(data, positions, mask_seen=args.masked)
+        found = baseline_rows(data, positions, mask_seen=args.masked, progress=bars)
         rows = {KEYS.get(name, name): row for name, row in found.items()}
     own = model.config.recipe
-    rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=sys.stderr.isatty())
+    rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=bars)
     line = protocol(data, positions, model.config.max_history, args.masked, len(there))
     if args.json:
         print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions),

@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from karma_fast.baselines import BASELINES, baseline_rows, query_scorer, tune_query
+from karma_fast.baselines import BASELINES, baseline_rows, query_scorer, rows, tune_query
 from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
 from karma_fast.baselines.query import QUERY_WEIGHTS
 from karma_fast.baselines.rows import DEFAULT, rank_requests, request_scorer
 from karma_fast.baselines.scorers import item_knn, popularity, tf_idf, transitions
+from karma_fast.data import flat, schema
 from karma_fast.data.schema import Items, Sequences, Split
 from karma_fast.data.words import tf_idf_vectors
+from karma_fast.evaluation import Catalogue, held_out
 from karma_fast.evaluation.csr import seen_before
 from karma_fast.evaluation.held_out import held_out_ranks, ranking_rule
 
@@ -139,6 +141,40 @@ def test_chosen_before_equals_loops(lists):
     positions = np.arange(len(sequences.items))[::-1]
     wanted = [item in part[:at] for part in lists for at, item in enumerate(part)][::-1]
     assert sequences.chosen_before(positions).tolist() == wanted
+
+
+@given(histories)
+@settings(max_examples=30, deadline=None)
+def test_slices_change_nothing_and_bound_what_is_written_out(lists):
+    data = dataset(lists)
+    positions, before = np.arange(len(data.sequences.items))[::-1], data.sequences.chosen_before
+    rng = np.random.default_rng(0)
+    users, vectors = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (len(positions), 7))
+
+    def found(catalogue):
+        ranks = [held_out_ranks(data.sequences, positions, users, catalogue, **options)
+                 for options in ({}, {"largest_k": 2}, {"mask_seen": False})]
+        ranks.append(rank_requests(data, positions, lambda p: vectors[:7, :1].T.repeat(len(p), axis=0)))
+        return [before(positions).tolist(), *([x.greater.tolist(), x.ties.tolist(), x.candidates.tolist()]
+                                              for x in ranks)]
+
+    whole, sizes, packed = found(vectors), [], []
+
+    def noted(real, size):
+        return lambda *given: sizes.append(size(given)) or real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "PAIRS", 9)
+        patch.setattr("karma_fast.baselines.rows.BLOCK_BYTES", 4 * 7)
+        patch.setattr(schema, "numbered", noted(schema.numbered, lambda given: int(given[0].sum())))
+        for module in (held_out, rows):
+            patch.setattr(module, "seen_before", noted(seen_before, lambda given: int(
+                (given[1] - given[0].indptr[given[0].user_of(given[1])]).sum())))
+        patch.setattr(Catalogue, "passing", lambda rows: packed.append(rows) or Catalogue(rows))
+        parts = list(flat.slices(positions - data.sequences.indptr[data.sequences.user_of(positions)]))
+        assert found(vectors) == whole and found(Catalogue(vectors)) == whole
+    assert max(sizes) <= 9 and parts[0].start == 0 and parts[-1].stop == len(positions)
+    assert len(packed) == (1 if len(parts) > 1 else 3)  # seen items kept: all requests in one go, as ever
 
 
 @pytest.mark.parametrize("masked", [True, False])

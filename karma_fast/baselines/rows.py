@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.csr import csr_rows, seen_before
+from ..evaluation.csr import seen_before
 from ..evaluation.metrics import ranking_metrics
 from ..evaluation.ranks import Ranks, rank_scores
 from .counts import LAST_ITEMS, recent_history, training_matrix, transition_counts
@@ -127,7 +127,6 @@ def rank_requests(dataset: Any, positions: np.ndarray, scorer: RequestScorer, *,
     """
     positions = np.asarray(positions, np.int64)
     targets = dataset.sequences.items[positions].astype(np.int64)
-    seen = seen_before(dataset.sequences, positions)
     parts, size = [], max(1, BLOCK_BYTES // (4 * len(dataset.items)))
     starts = range(0, len(positions), size)
     if progress:
@@ -135,7 +134,8 @@ def rank_requests(dataset: Any, positions: np.ndarray, scorer: RequestScorer, *,
 
         starts = tqdm(starts, desc=progress, unit="block")
     for start in starts:
-        left_out = csr_rows(seen, start, start + size) if mask_seen else None
-        parts.append(rank_scores(scorer(positions[start:start + size]), targets[start:start + size], left_out))
+        block = positions[start:start + size]
+        left_out = seen_before(dataset.sequences, block) if mask_seen else None
+        parts.append(rank_scores(scorer(block), targets[start:start + size], left_out))
     ranks = Ranks.concat(parts)
     return ranks.missed(dataset.sequences.chosen_before(positions)) if mask_seen else ranks

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+PAIRS = 16 << 20  # entries of lists that are written out at once; a handful of int64 arrays of as many
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -22,3 +26,19 @@ def numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (array([0, 0, 2]), array([0, 1, 0]))
     """
     return np.repeat(np.arange(len(lengths)), lengths), spans(np.zeros_like(lengths), lengths)
+
+
+def slices(lengths: np.ndarray) -> Iterator[slice]:
+    """Lists that follow each other, at most ``PAIRS`` entries at a time unless one alone has more; one slice or more.
+
+    >>> list(slices(np.array([2, 0, 1]))), list(slices(np.array([], int)))
+    ([slice(0, 3, None)], [slice(0, 0, None)])
+    """
+    ends, start = np.cumsum(lengths), 0
+    while True:
+        before = ends[start - 1] if start else 0
+        stop = min(max(int(np.searchsorted(ends, before + PAIRS, side="right")), start + 1), len(ends))
+        yield slice(start, stop)
+        if stop == len(ends):
+            return
+        start = stop

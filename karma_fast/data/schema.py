@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .flat import numbered
+from .flat import numbered, slices
 
 
 class DataError(ValueError):
@@ -152,10 +152,13 @@ class Sequences:
         array([False,  True])
         """
         positions = np.asarray(positions, np.int64)
-        first = self.indptr[self.user_of(positions)]
-        row, nth = numbered(positions - first)
-        same = self.items[first[row] + nth] == self.items[positions][row]
-        return np.bincount(row[same], minlength=len(positions)) > 0
+        first, found = self.indptr[self.user_of(positions)], np.zeros(len(positions), bool)
+        earlier = positions - first
+        for part in slices(earlier):
+            row, nth = numbered(earlier[part])
+            same = self.items[first[part][row] + nth] == self.items[positions[part]][row]
+            found[part][row[same]] = True
+        return found
 
     @property
     def nbytes(self) -> int:

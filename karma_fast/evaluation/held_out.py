@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.flat import slices
+from .catalogue import Catalogue
 from .csr import seen_before
 from .ranks import Ranks, target_ranks
 
@@ -16,7 +18,8 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
 
     Args:
         sequences: :class:`karma_fast.data.Sequences`.
-        users: (T, D) vectors of the requests. items: (N, D), or a :class:`Catalogue`.
+        users: (T, D) vectors of the requests. items: (N, D), or a :class:`Catalogue`, which is made of them where the
+            requests' histories are too long for one go (`karma_fast.data.flat.PAIRS`).
         mask_seen: leave out what the user chose before the target. A target that was itself chosen before counts as
             missed then: among unseen items alone whatever is near the history would find it at once, and a list
             without seen items never shows it.
@@ -26,8 +29,12 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
     targets = sequences.items[positions].astype(np.int64)
     if not mask_seen:
         return target_ranks(users, items, targets, **options)
-    ranks = target_ranks(users, items, targets, seen=seen_before(sequences, positions), **options)
-    return ranks.missed(sequences.chosen_before(positions))
+    parts = list(slices(positions - sequences.indptr[sequences.user_of(positions)]))
+    if len(parts) > 1 and not isinstance(items, Catalogue) and not getattr(items, "is_cuda", False):
+        items = Catalogue(items)  # packed once for all parts; on a GPU there is nothing to pack
+    ranks = [target_ranks(users[part], items, targets[part], seen=seen_before(sequences, positions[part]), **options)
+             for part in parts]
+    return Ranks.concat(ranks).missed(sequences.chosen_before(positions))
 
 
 def ranking_rule(data: Any, positions: np.ndarray, mask_seen: bool, drawn_from: int = 0) -> str:

@@ -215,7 +215,7 @@ def test_early_stopping_keeps_the_best_epoch(monkeypatch):
     values = iter([0.1, 0.3, 0.2, 0.25, 0.2, 0.9])
     kept = []
 
-    def scripted(model, data):
+    def scripted(model, data, positions):
         kept.append({name: x.clone() for name, x in model.state_dict().items()})
         return {"NDCG@10": next(values)}
 
@@ -223,6 +223,24 @@ def test_early_stopping_keeps_the_best_epoch(monkeypatch):
     model = train(random_data(), epochs=20, patience=3)
     assert model.facts["epochs"] == 5 and model.facts["best_epoch"] == 2 and len(kept) == 5
     assert all(torch.equal(x, kept[1][name]) for name, x in model.state_dict().items())
+
+
+def test_validation_ranks_at_most_so_many_requests_drawn_once_by_the_seed(monkeypatch):
+    data, ranked, real = random_data(), [], sasrec_training.held_out_ranks
+
+    def noting(sequences, positions, *rest, **options):
+        ranked.append(tuple(positions.tolist()))
+        return real(sequences, positions, *rest, **options)
+
+    monkeypatch.setattr(sasrec_training, "held_out_ranks", noting)
+    train(data, epochs=1)
+    assert ranked == [tuple(data.split.valid.tolist())]
+    monkeypatch.setattr(sasrec_training, "MOST_REQUESTS", 8)
+    ranked.clear()
+    for seed in (0, 1):
+        train(data, seed=seed, epochs=2)
+    assert ranked[0] == ranked[1] and ranked[2] == ranked[3] and ranked[0] != ranked[2]
+    assert all(len(set(part)) == 8 and set(part) <= set(data.split.valid.tolist()) for part in ranked)
 
 
 def test_every_training_event_with_a_predecessor_is_a_target_once(monkeypatch):

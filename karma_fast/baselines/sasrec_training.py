@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..config import MOST_REQUESTS, ConfigError
 from ..data.windows import training_windows
 from ..evaluation.csr import csr_ranges
 from ..evaluation.held_out import held_out_ranks
@@ -30,9 +30,10 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
                  go_on: Callable[[int], bool] = lambda epoch: True) -> SASRec:
     """Trains SASRec on the training part of ``data`` and returns it with the weights of its best epoch.
 
-    An epoch goes once over every training event that has a predecessor. After it the validation requests are ranked
-    against the whole catalogue, seen items left out; ``config.patience`` epochs without a better NDCG@10 end the
-    training. Without validation requests it runs for ``config.epochs``. The test requests are not looked at.
+    An epoch goes once over every training event that has a predecessor. After it the validation requests, at most
+    ``MOST_REQUESTS`` drawn once by ``seed``, are ranked against the whole catalogue, seen items left out;
+    ``config.patience`` epochs without a better NDCG@10 end the training. Without validation requests it runs for
+    ``config.epochs``. The test requests are not looked at.
 
     Each epoch draws from a generator of its own, seeded by ``seed`` and its number: the same seed gives the same
     weights on the same machine, with or without interruptions, whatever was drawn before. Needs tqdm and safetensors
@@ -40,7 +41,7 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
 
     Args:
         data: :class:`karma_fast.data.Dataset`.
-        seed: of weights, order and dropout.
+        seed: of weights, order, dropout and validation requests drawn.
         device: default the first GPU, else the CPU.
         progress: show a bar.
         folder: gets a checkpoint after each epoch and the model at the end. If it holds a checkpoint of the same
@@ -70,6 +71,9 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
     if not len(starts):
         raise ValueError("no user has two events in the training part, so there is no next item to learn from; give "
                          "longer sequences or another split")
+    valid = np.asarray(data.split.valid, np.int64)
+    if len(valid) > MOST_REQUESTS:
+        valid = np.sort(np.random.default_rng(seed).choice(valid, MOST_REQUESTS, replace=False))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SASRec(len(data.items), config)
@@ -89,7 +93,7 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
         while not state["done"]:
             began, state["epoch"] = time.perf_counter(), state["epoch"] + 1
             loss = run_epoch(model, optimizer, data.sequences.items, starts, ends, (seed, state["epoch"]), bar)
-            metrics = validate(model, data)
+            metrics = validate(model, data, valid)
             if not metrics or metrics[STOP_METRIC] > state["metrics"].get(STOP_METRIC, -1.0):
                 state |= {"best": copy.deepcopy(model.state_dict()), "best_epoch": state["epoch"], "metrics": metrics}
             waited = state["epoch"] - state["best_epoch"]
@@ -145,9 +149,8 @@ def windows_batch(events: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> t
     return torch.from_numpy(items), torch.from_numpy(np.diff(indptr)), torch.from_numpy(targets)
 
 
-def validate(model: SASRec, data: Any) -> dict[str, float]:
-    """HR@10 and NDCG@10 of the validation requests, seen items left out; {} if there are none."""
-    positions = np.asarray(data.split.valid, np.int64)
+def validate(model: SASRec, data: Any, positions: np.ndarray) -> dict[str, float]:
+    """HR@10 and NDCG@10 of the requests at flat ``positions``, seen items left out; {} if there are none."""
     if not len(positions):
         return {}
     users = model.user_vectors([data.sequences.history(p, model.config.max_history) for p in positions])

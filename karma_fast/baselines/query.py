@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.words import tf_idf_vectors
 from .mix import SEARCH_METRIC, search_metrics, validation_requests
-from .scorers import RequestScorer
+from .scorers import RequestScorer, dense
 
 QUERY_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # of equally good ones the first is taken
 
@@ -41,7 +41,7 @@ def query_scorer(dataset: Any) -> RequestScorer:
         rows = np.flatnonzero(asked >= 0)
         one_hot = sparse.csr_matrix((np.ones(len(rows)), (rows, asked[rows])),
                                     shape=(len(positions), len(sequences.query_texts)))
-        return ((one_hot @ of_queries) @ of_items).toarray().astype(np.float32)
+        return dense((one_hot @ of_queries) @ of_items)
 
     return score
 

@@ -21,7 +21,7 @@ from karma_fast.diagnostics.columns import END, HISTORY, INJECTED, INSTRUCTION, 
 from karma_fast.diagnostics.decoder import FrozenDecoder, decoder_entries, trained_projection
 from karma_fast.diagnostics.entries import DEFINITIONS
 from karma_fast.diagnostics.perplexity import chosen_items, retained_perplexity, text_nats
-from karma_fast.diagnostics.states import Untuned
+from karma_fast.diagnostics.states import Untuned, text_states
 from karma_fast.evaluation.attention import attention_map
 from karma_fast.model.backbone import causal_lm
 from karma_fast.model.karma import KarmaModel
@@ -253,6 +253,20 @@ def test_vectors_before_the_instruction_are_told_from_the_history(tiny_backbone,
     found = diagnose(model, tiny_data, requests=6, attention_requests=2, decoder_steps=1)["states"]["trained"]
     assert found["look_injected"]["value"] > 0 and found["perplexity_ratio"]["value"] == 1
     assert found["decoder_matched"]["value"] is not None
+
+
+def test_a_batch_of_texts_is_looked_for_among_as_many_as_fit(tiny_backbone, monkeypatch):
+    backbone, looked_at, cumsum = AutoModelForCausalLM.from_pretrained(tiny_backbone), [], np.cumsum
+
+    def counted(x, *rest, **named):
+        looked_at.append(len(x))
+        return cumsum(x, *rest, **named)
+
+    monkeypatch.setattr(np, "cumsum", counted)
+    rows = [[1] * (1 + n % 3) for n in range(40)]
+    parts = [part for part, *_ in text_states(backbone, rows, batch_tokens=8)]
+    assert max(looked_at) == 8 and sorted(np.concatenate(parts)) == list(range(40))
+    assert [len(part) for part in parts] == [8, 7, 4, 4, 4, *[2] * 6, 1]
 
 
 # ---- plain language models -----------------------------------------------------------------------------------------

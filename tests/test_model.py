@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, def
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
+from karma_fast.model.recommender import Recommender
 from karma_fast.planning.shapes import HUB_IDS, SHAPES
 from karma_fast.recipes import RECIPES, recipe
 from karma_fast.retrieval import ItemIndex
@@ -565,3 +567,34 @@ def test_each_process_of_torchrun_takes_its_own_gpu(process, gpus, device, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert default_device() == torch.device(device)
+
+
+class Counted(np.ndarray):
+    """Counts the entries that are taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        Counted.taken += np.size(found)
+        return np.asarray(found)
+
+
+def test_cutting_requests_into_batches_costs_as_much_as_there_are_requests():
+    parts, count = [], 3000
+    lengths = np.random.default_rng(0).integers(1, 40, count).view(Counted)
+
+    def build(part):
+        parts.append(part)
+        return torch.as_tensor(part)
+
+    reader = SimpleNamespace(width=1, training=False, eval=lambda: None, train=lambda mode: None, device="cpu",
+                             read=lambda rows, gen: (rows[:, None], None))
+    found = Recommender.encode(reader, build, lengths, 64)
+    assert found[:, 0].tolist() == list(range(count))
+    assert Counted.taken <= 3 * 64 * len(parts)  # of the lengths, of their order, and the parts themselves
+    ordered = np.asarray(lengths)
+    sizes = [len(part) * ordered[part[-1]] for part in parts]
+    assert max(sizes) <= 64 and len(parts) > 500
+    # each is full: the next request would not have fitted
+    assert all((len(part) + 1) * ordered[after[0]] > 64 for part, after in zip(parts, parts[1:], strict=False))

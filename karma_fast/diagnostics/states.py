@@ -31,7 +31,8 @@ def text_states(backbone: nn.Module, rows: Sequence[list[int]], batch_tokens: in
     training = backbone.training
     backbone.eval()
     while len(order):
-        size = max(1, int((np.cumsum(lengths[order]) <= batch_tokens).sum()))
+        # no more than batch_tokens sequences can fit
+        size = max(1, int((np.cumsum(lengths[order[:batch_tokens]]) <= batch_tokens).sum()))
         part, order = order[:size], order[size:]
         ids = np.fromiter((i for place in part for i in rows[place]), np.int64, int(lengths[part].sum()))
         tokens = Packed.of(lengths[part], ids, np.full(len(ids), TEXT)).to(model.device)

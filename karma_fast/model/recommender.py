@@ -170,8 +170,9 @@ class Recommender(nn.Module):
         with tqdm(total=len(order), desc=f"encoding {shown}", unit=(shown or "")[:-1], disable=shown is None) as bar:
             at = 0
             while at < len(order):
-                # sorted, so the first that does not fit any more ends a part
-                fits = np.arange(1, len(order) - at + 1) * lengths[order[at:]] <= batch_tokens
+                # sorted, so the first that does not fit any more ends a part; a prompt has a token or more
+                following = lengths[order[at:at + batch_tokens]]
+                fits = np.arange(1, len(following) + 1) * following <= batch_tokens
                 part = order[at:at + max(1, int(fits.sum()))]
                 out[torch.from_numpy(part)] = self.read(build(part).to(self.device), gen=False)[0].float().cpu()
                 bar.update(len(part))

@@ -1,6 +1,8 @@
 """What is learned before training, and ID vectors made without the user who is trained on."""
 
 import dataclasses
+import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from karma_fast.data.schema import Sequences, Split
 from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.id_vectors import groups_of_users, held_out_id_vectors, id_vectors
+from karma_fast.model.initialise import item_projection
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.warm_up import warm_up_decoder, warm_up_shortcut
 from karma_fast.planning.workload import Workload
@@ -122,6 +125,57 @@ def test_rows_of_held_out_features():
     assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
     assert torch.equal(ItemFeatures.from_tensors(saved)(torch.arange(5)), plain(torch.arange(5)))
     assert torch.equal(features.known("id"), plain.known("id"))
+
+
+def peak_bytes(call):
+    """What it returns, and the most memory that arrays took while it ran, beyond what was there before."""
+    gc.collect()
+    tracemalloc.start()
+    found = call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found, peak
+
+
+@pytest.mark.parametrize("kind", ["text", "id"])
+def test_features_take_little_more_memory_than_their_table(kind):
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((20_000, 32)).astype(np.float32) + 1
+    vectors[::7, 3] = np.nan
+    kept = vectors.copy()
+    features, peak = peak_bytes(lambda: ItemFeatures({kind: vectors}))
+    assert peak < 1.4 * vectors.nbytes
+    np.testing.assert_array_equal(vectors, kept)
+    present = ~np.isnan(vectors).any(axis=1)
+    known = vectors[present]
+    mean = known.mean(axis=0) if kind == "text" else np.zeros(32, np.float32)
+    scale = 1 / float(np.sqrt(((known - mean) ** 2).sum(axis=1).mean()))
+    expected = np.where(present[:, None], (vectors - mean) * scale, 0)
+    assert torch.equal(getattr(features, kind), torch.from_numpy(expected))
+    assert torch.equal(features.known(kind, 50), features.known(kind)[:50]) and len(features.known(kind, 50)) == 50
+    saved = features.tensors()
+    again, peak = peak_bytes(lambda: ItemFeatures.from_tensors(saved))
+    assert peak < 0.1 * vectors.nbytes
+    assert getattr(again, kind) is saved[kind] and again.widths == {kind: 32} and again.vocabulary is None
+
+
+def test_held_out_vectors_are_scaled_where_they_are_put_together():
+    vectors = np.random.default_rng(0).standard_normal((5, 10_000, 8)).astype(np.float32)
+    vectors[2, ::5] = np.nan
+    features, peak = peak_bytes(lambda: ItemFeatures({"id": vectors[0]}, vectors[1:]))
+    assert peak < 1.4 * vectors.nbytes
+    scale = 1 / float(np.sqrt((vectors[0] ** 2).sum(axis=1).mean()))
+    assert torch.equal(features.id, torch.from_numpy(np.nan_to_num(vectors.reshape(-1, 8) * scale)))
+
+
+def test_a_sample_of_the_features_is_all_that_is_taken_from_the_table(monkeypatch):
+    features, taken = ItemFeatures({"text": np.random.default_rng(0).standard_normal((300, 8))}), []
+    expected = item_projection(features, 4, sample=300)
+    known = ItemFeatures.known
+    monkeypatch.setattr(ItemFeatures, "known", lambda *args: taken.append(known(*args)) or taken[-1])
+    assert torch.equal(item_projection(features, 4, sample=300), expected)
+    item_projection(features, 4, sample=20)
+    assert [len(block) for block in taken] == [300, 20]
 
 
 @pytest.mark.parametrize("hard_negatives", [False, True])

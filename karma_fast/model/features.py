@@ -90,26 +90,28 @@ class ItemFeatures(nn.Module):
     def __init__(self, vectors: dict[str, np.ndarray], held_out: np.ndarray | None = None,
                  query_words: tuple[Iterable[str], np.ndarray] | None = None) -> None:
         super().__init__()
-        self.kinds = [k for k in KINDS if k in vectors]
-        if not self.kinds:
-            raise ValueError("items have no features: give texts, image vectors or ID vectors (model.id_dim above 0)")
-        self.widths = {k: vectors[k].shape[1] for k in self.kinds}
-        self.folds = 0 if held_out is None else len(held_out)
-        self.missing = nn.ParameterDict({k: nn.Parameter(torch.zeros(self.widths[k])) for k in self.kinds})
+        self._set_up({k: vectors[k].shape[1] for k in KINDS if k in vectors}, 0 if held_out is None else len(held_out))
         for kind in self.kinds:
             array = np.asarray(vectors[kind], dtype=np.float32)
             present = ~np.isnan(array).any(axis=1)
-            known = array[present]
+            known = array[present]  # a copy, which is worked on in place, as tables are large
             # ID vectors keep their origin: their inner products are the co-occurrences
             mean = known.mean(axis=0) if kind != "id" and len(known) else np.zeros(array.shape[1], np.float32)
-            scale = 1 / max(float(np.sqrt(((known - mean) ** 2).sum(axis=1).mean())) if len(known) else 1.0, 1e-6)
+            known -= mean
+            np.square(known, out=known)
+            scale = 1 / max(float(np.sqrt(known.sum(axis=1).mean())) if len(known) else 1.0, 1e-6)
+            del known
             if kind == "id" and held_out is not None:
-                array = np.concatenate([array, *held_out]).astype(np.float32)
-                present = ~np.isnan(array).any(axis=1)
-            rows = np.where(present[:, None], (array - mean) * scale, 0)
-            self.register_buffer(kind, torch.from_numpy(rows.astype(np.float32)), persistent=False)
+                rows = np.concatenate([array, *held_out], dtype=np.float32)
+                present = ~np.isnan(rows).any(axis=1)
+                rows -= mean
+            else:
+                rows = array - mean
+            rows *= scale
+            rows[~present] = 0
+            self.register_buffer(kind, torch.from_numpy(rows), persistent=False)
             self.register_buffer(f"{kind}_present", torch.from_numpy(present), persistent=False)
-            self.register_buffer(f"{kind}_mean", torch.from_numpy(mean.astype(np.float32)), persistent=False)
+            self.register_buffer(f"{kind}_mean", torch.from_numpy(mean), persistent=False)
             self.register_buffer(f"{kind}_scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
         words, of_words = ((), None) if query_words is None else query_words
         self.register_buffer("query_words", None if of_words is None else torch.from_numpy(of_words), persistent=False)
@@ -117,6 +119,13 @@ class ItemFeatures(nn.Module):
         spelled = np.frombuffer("\n".join(words).encode(), np.uint8).copy()
         self.register_buffer("query_spelling", None if of_words is None else torch.from_numpy(spelled),
                              persistent=False)
+
+    def _set_up(self, widths: dict[str, int], folds: int) -> None:
+        """All but the buffers."""
+        self.kinds, self.widths, self.folds = list(widths), widths, folds
+        if not self.kinds:
+            raise ValueError("items have no features: give texts, image vectors or ID vectors (model.id_dim above 0)")
+        self.missing = nn.ParameterDict({k: nn.Parameter(torch.zeros(widths[k])) for k in self.kinds})
 
     @property
     def width(self) -> int:
@@ -138,9 +147,10 @@ class ItemFeatures(nn.Module):
         start = sum(self.widths[k] for k in self.kinds[:self.kinds.index(kind)])
         return slice(start, start + self.widths[kind])
 
-    def known(self, kind: str) -> Tensor:
-        """(n, d) vectors of the catalogue's items that have one."""
-        return getattr(self, kind)[:len(self)][getattr(self, f"{kind}_present")[:len(self)]]
+    def known(self, kind: str, most: int | None = None) -> Tensor:
+        """(n, d) vectors of the catalogue's items that have one; most: of the first so many of these, None for all."""
+        rows = getattr(self, f"{kind}_present")[:len(self)].nonzero()[:most, 0]
+        return getattr(self, kind)[rows]
 
     def block(self, kind: str, rows: Tensor) -> Tensor:
         if self.folds and kind != "id":
@@ -159,7 +169,9 @@ class ItemFeatures(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ItemFeatures:
         """The inverse of `tensors`; learned missing vectors come with the model's weights."""
-        features = cls({kind: tensors[kind].numpy() for kind in KINDS if kind in tensors})
-        for name, value in tensors.items():
-            setattr(features, name, value)
+        features = cls.__new__(cls)  # the vectors are centred and scaled already
+        nn.Module.__init__(features)
+        features._set_up({kind: tensors[kind].shape[1] for kind in KINDS if kind in tensors}, 0)
+        for name, value in ({"query_words": None, "query_spelling": None} | tensors).items():
+            features.register_buffer(name, value, persistent=False)
         return features

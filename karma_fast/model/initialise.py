@@ -31,7 +31,7 @@ def item_projection(features: ItemFeatures, dim: int, sample: int = 20_000) -> T
     for n, kind in enumerate(kinds):
         width = features.widths[kind]
         room = min(width, (dim - row) // (len(kinds) - n))
-        block = features.known(kind)[:sample].double().cpu()
+        block = features.known(kind, sample).double().cpu()
         if room < width and len(block):
             basis = torch.linalg.eigh(block.T @ block).eigenvectors[:, -room:].T.flip(0)
         else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -115,6 +116,48 @@ def test_prompts_cut_texts_and_leave_empty_ones_out(tiny_backbone):
     assert chunk.texts.index.tolist() == list(range(2 * head + 2, 2 * head + 2 + len(prompts.texts[2])))
     assert chunk.tokens.token_ids[chunk.texts.index[:-1] + 1].tolist() == prompts.texts[2][:-1]
     assert chunk.texts.weights.sum() == 1
+
+
+class Letters:
+    """A tokenizer with a token for each letter, which remembers how many texts it was given at once."""
+
+    eos_token_id = 0
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, texts, **options):
+        if isinstance(texts, str):
+            return {"input_ids": [ord(letter) for letter in texts]}
+        self.given.append(len(texts))
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+def test_texts_are_tokenised_in_blocks_and_when_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr("karma_fast.data.tokens.BLOCK", 10)
+    texts = ["x" * (n % 4) + "y" * (n % 3) for n in range(40)]
+    tokenizer, history = Letters(), [np.array([3, 4])]
+    prompts = Prompts(KarmaConfig(max_text_tokens=4, num_soft_tokens=2), tokenizer, texts)
+    prompts.build(history, ["tea"])
+    assert tokenizer.given == []
+    sent = pickle.loads(pickle.dumps(prompts))
+    expected = [[*map(ord, text[:3]), 0] if text else [] for text in texts]
+    for found in (prompts, sent, pickle.loads(pickle.dumps(prompts))):
+        assert list(found.texts) == expected and found.texts[-1] == expected[-1] and len(found.texts) == 40
+        assert found.texts.ids.dtype == np.int32 and len(found.texts.ids) == sum(map(len, expected))
+        assert found.tokenizer.given == [10, 10, 10, 6]  # of 36 that are not empty
+    chunk = prompts.build([*history, *history], ["", ""], np.array([-1, 7]))
+    assert chunk.texts.labels.tolist() == expected[7] and chunk.texts.labels.dtype == torch.int64
+    assert prompts.decode_chunk(np.arange(3), np.array([7, 0, 5])).texts.labels.tolist() == expected[7] + expected[5]
+    assert len(Prompts(KarmaConfig(), tokenizer, []).texts) == 0
+
+
+def test_workers_are_given_the_tokens_of_texts_that_are_trained_on(tiny_config, tiny_data, tmp_path):
+    model = build(tiny_config, tiny_data, tmp_path, decode_weight=0.0)
+    model.collator(tiny_data.sequences)
+    assert "texts" not in vars(model.prompts)
+    model.config = dataclasses.replace(model.config, decode_weight=0.1)
+    assert "texts" in vars(model.collator(tiny_data.sequences).prompts)
 
 
 def tokens_of(chunks):

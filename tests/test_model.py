@@ -19,6 +19,7 @@ from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
 from karma_fast.losses import frozen_decoder_loss
 from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device, load_backbone
+from karma_fast.model.features import encode_texts
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
@@ -328,6 +329,38 @@ def test_states_count_by_direction_and_begin_small_beside_the_shortcut(tiny_conf
         assert 0.002 < alone.mean() < 0.05  # of the shortcut's g, 1
         model.interest_projection.weight.mul_(100)
         assert not torch.allclose(model.interest(states, chunk), u, atol=0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_saved_model_serves_without_its_catalogue_in_tokens(tiny_config, tiny_data, tmp_path, name):
+    of = recipe(name)
+    config = of.Config(backbone=tiny_config.model.backbone, quantization="none", max_history=4, id_dim=8)
+    of.model_class().build(config, tiny_data.items, tiny_data.sequences, tiny_data.split,
+                           device="cpu").save_pretrained(tmp_path / name)
+    again = of.model_class().from_pretrained(tmp_path / name, device="cpu")
+    again.encode_users([tiny_data.sequences.items[:4], np.array([], np.int64)], ["red", ""])
+    if name == "karma":
+        again.encode_items()
+        again.decode(again.encode_users([[1]]))
+    assert not {"texts", "item_texts"} & set(vars(again.prompts))
+    batch = again.collator(tiny_data.sequences)([(0, 3), (4, 7)])
+    assert "texts" in vars(again.prompts) or "item_texts" in vars(again.prompts)
+    assert len(batch.prompts[0].pairs)
+
+
+def test_item_texts_are_tokenised_in_blocks(tiny_config, tiny_data, tmp_path, monkeypatch):
+    model = build(tiny_config, tiny_data, tmp_path)
+    expected = encode_texts(tiny_data.items.texts, model.backbone, model.tokenizer, "An item: ")
+    given, tokenizer = [], model.tokenizer
+
+    def counted(texts, **options):
+        given.append(texts)
+        return tokenizer(texts, **options)
+
+    monkeypatch.setattr("karma_fast.data.tokens.BLOCK", 15)
+    found = encode_texts(tiny_data.items.texts, model.backbone, counted, "An item: ")
+    np.testing.assert_array_equal(found, expected)
+    assert [len(texts) for texts in given[1:]] == [15, 15, 10]
 
 
 def test_save_and_load_give_the_same_model(tiny_config, tiny_data, tmp_path):

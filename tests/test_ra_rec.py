@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import pickle
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_batches import assert_reaches_another_process
+from test_batches import Letters, assert_reaches_another_process
 from torch.nn import functional as F
 
 from karma_fast import KarmaTrainer, KarmaTrainingArguments
@@ -22,6 +23,7 @@ from karma_fast.recipes.ra_rec import Config
 from karma_fast.recipes.ra_rec.id_models import Als, MeanOfItems, load_id_model, save_id_model
 from karma_fast.recipes.ra_rec.injection import Given
 from karma_fast.recipes.ra_rec.model import RaRecModel
+from karma_fast.recipes.ra_rec.prompts import HybridPrompts
 from karma_fast.recipes.ra_rec.select import BUCKETS, select_requests
 from karma_fast.step import backward
 
@@ -142,6 +144,23 @@ def test_all_that_is_trained_learns_and_the_language_model_does_not(config, tiny
     for kind in ("user", "item"):  # every layer
         assert (found[f"injected.{kind}.weight"].flatten(1).norm(dim=1) > 0).all()
     assert model.trained_names() == {name for name in model.state_dict() if not name.startswith("backbone.")}
+
+
+def test_titles_and_texts_are_tokenised_in_blocks_and_when_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr("karma_fast.data.tokens.BLOCK", 3)
+    config, tokenizer = Config(max_title_tokens=4, max_text_tokens=5, item_instruction="I"), Letters()
+    items = Items(np.arange(5), ["", "text", "longer text", "b", "c"], ["a", "", "a long title", "b", "c"])
+    prompts = HybridPrompts(config, tokenizer, items, None, torch.zeros(5, 2))
+    assert tokenizer.given == []
+    assert prompts.length(np.array([0, 1, 2])) == prompts.length(np.array([], int)) + 3 + 0 + 4
+    assert tokenizer.given == [3, 2]
+    cut = lambda texts, most: [list(map(ord, text[:most])) for text in texts]  # noqa: E731
+    assert list(prompts.titles) == cut([" a;", "", " a long title;", " b;", " c;"], 4)
+    for found in (prompts, pickle.loads(pickle.dumps(prompts))):
+        texts = cut(["", " text", " longer text", " b", " c"], 5)
+        assert list(found.item_texts) == [[ord("I"), *ids, *found.closing] for ids in texts]
+        assert found.item_lengths.tolist() == [prompts.reserved + len(text) for text in prompts.item_texts]
+        assert found.tokenizer.given == [3, 2, 3, 2]
 
 
 def test_items_and_users_without_a_vector_get_a_learned_one(config, tiny_data):

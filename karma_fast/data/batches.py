@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ..config import ConfigError, KarmaConfig
 from .flat import spans
 from .packing import EMB, TEXT, OfTensors, Packed, TextTargets
 from .schema import Items, Sequences, Split
+from .tokens import TokenTexts, tokenised
 from .words import words_of
 
 LATEST = 10  # items of a history that the mean of the latest ones looks at
@@ -102,15 +104,18 @@ class Prompts:
         eos = tokenizer.eos_token_id
         if self.instruction and self.instruction[-1] == eos:  # some tokenizers close every text
             self.instruction = self.instruction[:-1]
-        end = [] if eos is None else [eos]
-        limit = config.max_text_tokens - len(end)
-        flat = tokenizer([t for t in texts if t], add_special_tokens=False)["input_ids"] if any(texts) else []
-        encoded = iter(flat)
-        self.texts = [(next(encoded)[:limit] + end) if t else [] for t in texts]
-        self._text_lengths = np.array([len(t) for t in self.texts], dtype=np.int64)
-        self._text_starts = np.cumsum(self._text_lengths) - self._text_lengths
+        self._end = [] if eos is None else [eos]
+        self._untokenised = texts
         self._queries: dict[str, tuple[list[int], list[int]]] = {}
-        self._text_tokens = np.fromiter((i for t in self.texts for i in t), np.int64, int(self._text_lengths.sum()))
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """Of the items, made when first asked for: requests are encoded without."""
+        limit = self.config.max_text_tokens - len(self._end)
+        found = tokenised(self.tokenizer, (t for t in self._untokenised if t), add_special_tokens=False)
+        texts = TokenTexts([*next(found)[:limit], *self._end] if t else [] for t in self._untokenised)
+        self._untokenised = ()  # no other process needs to be sent them
+        return texts
 
     def length(self, history: np.ndarray) -> int:
         """Tokens of a prompt without its query and text."""
@@ -142,8 +147,10 @@ class Prompts:
 
     def _text(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) catalogue indices, -1 for none -> (n,) lengths of their texts and all their tokens."""
-        lengths = np.where(items < 0, 0, self._text_lengths[items])
-        return lengths, self._text_tokens[spans(self._text_starts[items], lengths)]
+        if (items < 0).all():
+            return np.zeros(len(items), np.int64), np.zeros(0, np.int64)
+        lengths = np.where(items < 0, 0, self.texts.lengths[items])
+        return lengths, self.texts.ids[spans(self.texts.starts[items], lengths)].astype(np.int64)
 
     def build(self, histories: Sequence[np.ndarray], queries: Sequence[str], text_items: np.ndarray | None = None
               ) -> PromptChunk:

@@ -48,7 +48,7 @@ class FrozenDecoder:
 
     def halves(self, targets: np.ndarray, train: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Rows to train on and to test on, both with texts, and why nothing can be measured, "" if it can."""
-        has_text = np.array([len(self.prompts.texts[t]) > 0 for t in targets], dtype=bool)
+        has_text = self.prompts.texts.lengths[targets] > 0
         train, test = np.flatnonzero(train & has_text), np.flatnonzero(~train & has_text)
         few = min(len(train), len(test)) < 2
         return train, test, "left out: 0 steps" if steps < 1 else "too few targets with a text" if few else ""

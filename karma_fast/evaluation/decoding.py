@@ -46,8 +46,8 @@ def decoding_check(model: KarmaModel, u: Tensor, targets: np.ndarray) -> dict[st
     """
     if model.decode_projection is None:
         return None
-    targets = np.asarray(targets)
-    keep = np.array([bool(model.prompts.texts[int(t)]) for t in targets], dtype=bool)
+    targets = np.asarray(targets, dtype=np.int64)
+    keep = model.prompts.texts.lengths[targets] > 0
     if keep.sum() < 2:
         return None
     u, targets = u[torch.from_numpy(keep)], targets[keep]

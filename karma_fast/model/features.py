@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.tokens import TokenTexts, tokenised
 from .backbone import adapters_off, causal_lm
 
 KINDS = ("text", "words", "image", "id")
@@ -25,9 +26,8 @@ def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instructi
     model = causal_lm(backbone)
     device = model.device
     head = tokenizer(instruction, add_special_tokens=False)["input_ids"] if instruction else []
-    encoded = tokenizer([t or "-" for t in texts])["input_ids"] if len(texts) else []
-    rows = [(head + ids)[:max_tokens] for ids in encoded]
-    order = sorted((i for i, t in enumerate(texts) if t), key=lambda i: len(rows[i]))
+    rows = TokenTexts((head + ids)[:max_tokens] for ids in tokenised(tokenizer, (t or "-" for t in texts)))
+    order = sorted((i for i, t in enumerate(texts) if t), key=rows.lengths.__getitem__)
     out = np.full((len(texts), model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
     training = backbone.training
     backbone.eval()
@@ -36,12 +36,12 @@ def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instructi
     with adapters_off(backbone):
         while start < len(order):  # sorted by length, so a batch wastes little on padding
             stop = start + 1
-            while stop < len(order) and (stop - start + 1) * len(rows[order[stop]]) <= batch_tokens:
+            while stop < len(order) and (stop - start + 1) * rows.lengths[order[stop]] <= batch_tokens:
                 stop += 1
             batch = order[start:stop]
-            lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
+            lengths = torch.from_numpy(rows.lengths[batch]).to(device)
             width = int(lengths.max())
-            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=device)
+            ids = torch.tensor([rows[i] + [0] * (width - int(rows.lengths[i])) for i in batch], device=device)
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
             column = torch.arange(width, device=device)
             keep = (column < lengths[:, None]) & (column >= len(head) if width > len(head) else True)

@@ -172,7 +172,7 @@ class KarmaModel(Recommender):
 
     def _start_decoder(self, seed: int, num_items: int = 4096) -> None:
         """P_rec's last layer from items' embeddings to the mean token embeddings of parts of their texts."""
-        with_text = np.flatnonzero([len(t) > 0 for t in self.prompts.texts])
+        with_text = np.flatnonzero(self.prompts.texts.lengths)
         if not len(with_text):
             return
         if len(with_text) > num_items:
@@ -202,6 +202,8 @@ class KarmaModel(Recommender):
     def collator(self, sequences: UserSequences, log_q: np.ndarray | None = None, seed: int = 0,
                  chunk_size: int | None = None) -> KarmaCollator:
         """Makes batches of windows; chunk_size: windows that the language model reads at once, None for all."""
+        if self.config.weight("gen") + self.config.weight("rec") > 0:
+            _ = self.prompts.texts  # tokenised here, not by every worker
         first_rows = None
         if self.features.folds:
             first_rows = len(self.features) * (1 + groups_of_users(len(sequences), self.features.folds))

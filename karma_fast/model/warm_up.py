@@ -68,7 +68,7 @@ def warm_up_decoder(model: KarmaModel, steps: int, seed: int = 0, progress: bool
 
     An item's embedding says what the text is, which a user's does only roughly, so P_rec learns faster from it.
     """
-    with_text = np.flatnonzero([len(t) > 0 for t in model.prompts.texts])
+    with_text = np.flatnonzero(model.prompts.texts.lengths)
     steps = steps if len(with_text) else 0
     trained = dict(model.decode_projection.named_parameters())
     optimiser, losses = _optimiser(trained, learning_rate), []

@@ -160,6 +160,7 @@ class RaRecModel(Recommender):
 
         log_q is there for recipes that correct for sampling.
         """
+        _ = self.prompts.titles, self.prompts.item_texts  # tokenised here, not by every worker
         return RaRecCollator(self.prompts, sequences.without_queries(self.config.query_dropout, seed), chunk_size,
                              seed)
 

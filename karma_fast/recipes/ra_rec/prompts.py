@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ...data.flat import spans
 from ...data.packing import EMB, TEXT, OfTensors, Packed
 from ...data.schema import Items
 from ...data.schema import Sequences as UserSequences
+from ...data.tokens import TokenTexts, tokenised
 from .config import RaRecConfig
 
 CLOSING = " Next:"  # the state is read at its last token, of requests and items alike
@@ -59,23 +61,41 @@ class HybridPrompts:
         self.item_vectors = item_vectors
         self.instruction = self._ids(config.instruction)
         self.closing = self._ids(CLOSING)
-        self.titles = self._all([f" {title};" if title else "" for title in items.titles], config.max_title_tokens)
-        head = self._ids(config.item_instruction)
-        texts = self._all([f" {text}" if text else "" for text in items.texts], config.max_text_tokens)
+        self._untokenised = {"titles": items.titles, "texts": items.texts}
+
+    @cached_property
+    def titles(self) -> TokenTexts:
+        """Of the items as they stand in a history, made when first asked for."""
+        limit = self.config.max_title_tokens
+        found = self._all(f" {title};" if title else "" for title in self._untokenised["titles"])
+        titles = TokenTexts(ids[:limit] for ids in found)
+        del self._untokenised["titles"]  # no other process needs to be sent them
+        return titles
+
+    @cached_property
+    def item_texts(self) -> TokenTexts:
+        """The texts of the items' own prompts, made when first asked for."""
+        head, limit = self._ids(self.config.item_instruction), self.config.max_text_tokens
+        found = self._all(f" {text}" if text else "" for text in self._untokenised["texts"])
         # read at the token that requests are read at: the state of another one says first of all which token it is
-        self.item_texts = [head + text + self.closing for text in texts]
-        self.item_lengths = np.array([self.reserved + len(text) for text in self.item_texts], dtype=np.int64)
+        texts = TokenTexts([*head, *ids[:limit], *self.closing] for ids in found)
+        del self._untokenised["texts"]
+        return texts
+
+    @property
+    def item_lengths(self) -> np.ndarray:
+        """(N,) int64 tokens of the items' prompts."""
+        return self.reserved + self.item_texts.lengths
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _all(self, texts: list[str], limit: int) -> list[list[int]]:
-        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return [ids[:limit] for ids in found]
+    def _all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        return tokenised(self.tokenizer, texts, add_special_tokens=False)
 
     def length(self, history: np.ndarray) -> int:
         """Tokens of a request's prompt without its query."""
-        return (self.reserved + len(self.instruction) + sum(len(self.titles[i]) for i in history) + len(self.closing))
+        return (self.reserved + len(self.instruction) + int(self.titles.lengths[history].sum()) + len(self.closing))
 
     def query_ids(self, query: str) -> list[int]:
         return self._ids(QUERY_TEMPLATE.format(query))[:self.config.max_query_tokens] if query else []
@@ -138,7 +158,7 @@ class RaRecCollator:
         queries = [query_of(self.sequences, end - 1) for _, end in windows]
         targets = np.array([events[end - 1] for _, end in windows], dtype=np.int64)
         drawn = np.random.default_rng((self.seed, *np.ravel(windows))).integers(
-            len(self.prompts.item_lengths), size=self.prompts.config.num_negatives)
+            len(self.prompts.item_texts), size=self.prompts.config.num_negatives)
         keys = np.unique(np.concatenate([targets, drawn]))
         labels = np.searchsorted(keys, targets)
         prompts = [self.prompts.build([histories[i] for i in part], [queries[i] for i in part])

@@ -22,8 +22,9 @@ from .callbacks import Lines
 from .checkpoints import last_checkpoint
 from .commands.common import device_name, draw, requests_to_rank, table
 from .config import ConfigError, RunConfig
-from .data import DataError, check, load_dataset
+from .data import DataError
 from .data.batches import KarmaCollator, request
+from .data.check import checked
 from .data.schema import Dataset
 from .evaluation import held_out_ranks, seen_before, top_k
 from .evaluation.attention import NoAttention, attention_map
@@ -166,14 +167,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def checked_data(config: RunConfig, say: Callable[[str], None]) -> Dataset:
     """The dataset; DataError after a full report if it cannot be trained on."""
-    report = check(config.data)
-    if not report.ok:
+    report, data = checked(config.data)
+    if data is None:
         say(report.to_text())
         raise DataError(f"{report.problems[0]}" + (f" ({len(report.problems) - 1} more above)"
                                                    if len(report.problems) > 1 else ""))
     for text in report.warnings:
         say(f"data warning: {text}")
-    return load_dataset(config.data)
+    return data
 
 
 def attention_of(model: Recommender, data: Dataset, position: int) -> tuple[list[str], np.ndarray]:

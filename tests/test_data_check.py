@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from karma_fast.config import DataConfig
-from karma_fast.data import check
+from karma_fast.config import DataConfig, RunConfig
+from karma_fast.data import DataError, check, load_dataset, loading
+from karma_fast.run import checked_data
 
 
 def files(tmp_path, clicks, items=None, **settings):
@@ -124,3 +126,20 @@ def test_without_item_table_the_report_says_what_is_lost(tmp_path):
 def test_no_file_at_all():
     report = check(DataConfig(name="movies"))
     assert not report.ok and "no known data set is called 'movies'" in report.problems[0]
+
+
+def test_a_run_checks_and_loads_its_data_in_one_reading(tmp_path, monkeypatch):
+    config = RunConfig(data=files(tmp_path, CLICKS, ITEMS, name="mine"))
+    expected, read, load = load_dataset(config.data), [], loading.load
+    monkeypatch.setattr(loading, "load", lambda *args: read.append(args) or load(*args))
+    data = checked_data(config, lambda text: None)
+    assert len(read) == 1
+    assert (data.name, data.notes, data.items.texts) == (expected.name, expected.notes, expected.items.texts)
+    for name in ("items", "times", "indptr"):
+        np.testing.assert_array_equal(getattr(data.sequences, name), getattr(expected.sequences, name))
+    for name in ("train_end", "valid", "test"):
+        np.testing.assert_array_equal(getattr(data.split, name), getattr(expected.split, name))
+    said = []
+    with pytest.raises(DataError, match="2 cells"):
+        checked_data(RunConfig(data=files(tmp_path, CLICKS[:40])), said.append)
+    assert "cannot be trained on" in said[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .assets import AssetError
-from .schema import DataError
+from .schema import DataError, Dataset
 from .windows import ONE_USER
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ def check(config: DataConfig) -> Report:
     >>> report.ok, report.problems
     (False, ['clicks.csv: no such file; give an existing one as data.interactions'])
     """
+    return checked(config)[0]
+
+
+def checked(config: DataConfig) -> tuple[Report, Dataset | None]:
+    """What `check` reports, and what `load_dataset` gives, of one reading; None for data with problems."""
     from .loading import load, with_files
 
     report, found = Report(name=config.name), []
@@ -85,7 +90,9 @@ def check(config: DataConfig) -> Report:
         _count(loaded, report)
         _judge(loaded, config, report, found)
     report.problems = list(dict.fromkeys(str(error) for error in found))
-    return report
+    if not report.ok:
+        return report, None
+    return report, Dataset(loaded.items, loaded.sequences, loaded.split, config.name, loaded.notes)
 
 
 def _count(loaded: Loaded, report: Report) -> None:

@@ -702,6 +702,36 @@ def test_where_requests_have_queries_a_baseline_reads_them_too(searching, here, 
 # ---- using the model -----------------------------------------------------------------------------------------------
 
 
+class Title(str):
+    """Counts how often one is put into lower case."""
+
+    read = 0
+
+    def lower(self):
+        Title.read += 1
+        return super().lower()
+
+
+def test_a_typed_history_reads_every_title_once(monkeypatch):
+    from karma_fast.commands.recommend import find_items
+    from karma_fast.data import Items
+
+    titles = ["Usual Suspects, The", "Toy Story", "toy story 2", "Tea", "tea", ""]
+    items = Items(np.array(["a", "b", "c,d", "e", "f", "g"], dtype=object), [""] * 6, list(map(Title, titles)))
+    items.index("a")
+    with monkeypatch.context() as patched:
+        patched.setattr(Items, "_unknown", lambda *_: pytest.fail("looked for near ids"))
+        typed = "usual suspects, the, Toy Story, story 2, b, the, g, toy story 2, " * 40
+        assert find_items(items, typed).tolist() == [0, 1, 2, 1, 0, 5, 2] * 40
+        assert Title.read == len(titles)
+        with pytest.raises(KeyError, match=r"'TEA' fits 2 items: e \(Tea\), f \(tea\); give the id of one"):
+            find_items(items, "a, TEA")
+        with pytest.raises(KeyError, match=r"'toy' fits 2 items: b \(Toy Story\), c,d \(toy story 2\)"):
+            find_items(items, "toy")
+    with pytest.raises(KeyError, match="no item has the id 'Usual Suspekts'; near: a"):
+        find_items(items, "b, Usual Suspekts, The")
+
+
 def test_recommend_by_history_and_user(here, capsys):
     assert main(["recommend", "runs/tiny", "--history", "red rocket, i1, Choir, Red", "--k", "3"]) == 1
     assert "'Choir' fits 2 items" in capsys.readouterr().err

@@ -68,10 +68,14 @@ def find_items(items: Items, text: str) -> np.ndarray:
     """
     words = [word.strip() for word in text.split(",")]
     words = [word for word in words if word]
+    titles: dict[str, list[int]] = {}
+    for place, title in enumerate(items.titles):
+        titles.setdefault(title.lower(), []).append(place)
+    longest = 1 + max((name.count(",") for names in (titles, items.places) for name in names), default=0)
     found, at = [], 0
     while at < len(words):
-        for end in range(len(words), at, -1):
-            places = matches(items, ", ".join(words[at:end]), part=end == at + 1)
+        for end in range(min(len(words), at + longest), at, -1):
+            places = matches(items, titles, ", ".join(words[at:end]), part=end == at + 1)
             if len(places) == 1:
                 break
             if len(places) > 1:
@@ -85,11 +89,13 @@ def find_items(items: Items, text: str) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def matches(items: Items, word: str, part: bool) -> list[int]:
-    """Places of the items with this id, else with this title, else (``part``) with it in their title."""
-    try:
-        return items.index([word]).tolist()
-    except KeyError:
-        lower = word.lower()
-        exact = [place for place, title in enumerate(items.titles) if title.lower() == lower]
-        return exact if exact or not part else [p for p, title in enumerate(items.titles) if lower in title.lower()]
+def matches(items: Items, titles: dict[str, list[int]], word: str, part: bool) -> list[int]:
+    """Places of the items with this id, else with this title, else (``part``) with it in their title.
+
+    titles: in lower case, with the places that have them.
+    """
+    if word in items.places:
+        return [items.places[word]]
+    lower = word.lower()
+    exact = titles.get(lower, [])
+    return exact if exact or not part else sorted(p for title in titles if lower in title for p in titles[title])

@@ -53,12 +53,18 @@ class Items:
         """Ids of the files -> (n,) int64 places in the catalogue; KeyError for an unknown id, naming near ones."""
         if isinstance(ids, str):
             ids = [ids]
-        if len(self._places) != len(self.ids):
-            self._places = {str(name): place for place, name in enumerate(self.ids)}
+        places = self.places
         try:
-            return np.array([self._places[str(name)] for name in ids], dtype=np.int64)
+            return np.array([places[str(name)] for name in ids], dtype=np.int64)
         except KeyError as error:
             raise KeyError(self._unknown(str(error.args[0]))) from None
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Ids and their places in the catalogue."""
+        if len(self._places) != len(self.ids):
+            self._places = {str(name): place for place, name in enumerate(self.ids)}
+        return self._places
 
     def _unknown(self, name: str) -> str:
         wanted = name.lower()

@@ -74,6 +74,17 @@ def test_decoder_warm_up_trains_p_rec_alone_and_tells_items_apart(tiny_config, t
     assert found["share_better"] > 0.5 and found["matched_loss"] < found["shuffled_loss"]
 
 
+def test_the_host_reads_no_loss_before_the_last_step(tiny_config, tiny_data, tmp_path, monkeypatch):
+    model = build(tiny_config, tiny_data, tmp_path)
+    read, item, tolist = [], torch.Tensor.item, torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: read.append(x.requires_grad) or item(x))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(len(x)) or tolist(x))
+    losses = warm_up_shortcut(model, tiny_data.sequences, tiny_data.split, epochs=6)
+    assert not any(x is True for x in read) and read[-1] == len(losses) == 6
+    losses = warm_up_decoder(model, 7, batch_size=16)
+    assert not any(x is True for x in read) and read[-1] == len(losses) == 7 and min(losses) > 0
+
+
 @pytest.mark.parametrize("changes", [{"id_folds": 1}, {"id_folds": -2}, {"shortcut_warmup_epochs": -1}])
 def test_settings_that_cannot_be(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):

@@ -48,17 +48,18 @@ def warm_up_shortcut(model: KarmaModel, sequences: Sequences, split: Split, epoc
     contrastive = model.loss.contrastive
     gather, contrastive.gather = contrastive.gather, False  # every process does the same
     try:
-        losses = []
-        for windows in _bar(_batches(np.arange(len(starts)), count, steps, seed), steps, "warming up items", progress):
+        losses = torch.zeros(steps, device=model.device)  # read at the end, as the host waits for what it reads
+        batches = _bar(_batches(np.arange(len(starts)), count, steps, seed), steps, "warming up items", progress)
+        for step, windows in enumerate(batches):
             batch = collate(list(zip(starts[windows].tolist(), ends[windows].tolist(), strict=True))).to(model.device)
             u = F.normalize(torch.cat([model.past_language_model(chunk) for chunk in batch.prompts]), dim=-1)
             loss = model.contrastive_loss(u, batch)
-            _step(optimiser, loss, trained.values(), len(losses), steps)
+            _step(optimiser, loss, trained.values(), step, steps)
             model.loss.clamp_()
-            losses.append(loss.item())
+            losses[step] = loss.detach()
     finally:
         contrastive.gather = gather
-    return losses
+    return losses.tolist()
 
 
 @torch.enable_grad()
@@ -71,15 +72,16 @@ def warm_up_decoder(model: KarmaModel, steps: int, seed: int = 0, progress: bool
     with_text = np.flatnonzero(model.prompts.texts.lengths)
     steps = steps if len(with_text) else 0
     trained = dict(model.decode_projection.named_parameters())
-    optimiser, losses = _optimiser(trained, learning_rate), []
+    optimiser, losses = _optimiser(trained, learning_rate), torch.zeros(steps, device=model.device)
     model.train()
-    for items in _bar(_batches(with_text, batch_size, steps, seed), steps, "warming up the decoder", progress):
+    batches = _bar(_batches(with_text, batch_size, steps, seed), steps, "warming up the decoder", progress)
+    for step, items in enumerate(batches):
         texts = model.prompts.decode_chunk(np.arange(len(items)), items).to(model.device)
         loss = model.reconstruction_loss(model.encode_items(items).to(model.device), texts) / len(items)
-        _step(optimiser, loss, trained.values(), len(losses), steps)
-        losses.append(loss.item())
+        _step(optimiser, loss, trained.values(), step, steps)
+        losses[step] = loss.detach()
     model.zero_grad()  # with full tuning the decoder has gradients too
-    return losses
+    return losses.tolist()
 
 
 def _batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:

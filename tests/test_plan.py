@@ -1,5 +1,6 @@
 """Predicted memory: against measured steps, against the shapes of known models, and what is proposed from it."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -13,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from benchmarks.measure import held_bytes
 from karma_fast.commands.plan import gpu_memory, main, step_settings
 from karma_fast.config import ConfigError, KarmaConfig, RunConfig
+from karma_fast.data import Dataset, Items, Sequences, Split, training_windows
 from karma_fast.model.backbone import load_backbone
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
 from karma_fast.planning import Planner, plan_memory, propose
 from karma_fast.planning.opaque import info_nce_workspace
 from karma_fast.planning.optimiser import state_bytes
+from karma_fast.planning.propose import changes
 from karma_fast.planning.simulated import Simulation
 from karma_fast.planning.workload import Tokens, Workload
 from karma_fast.run_setup import training_arguments
@@ -265,6 +268,39 @@ def test_if_nothing_fits_the_changes_are_ranked(backbone):
     peaks = [change["peak_bytes"] for change in found.changes]
     assert len(peaks) >= 5 and peaks == sorted(peaks)
     assert {"model.quantization", "model.max_history", "training.optim"} <= {c["setting"] for c in found.changes}
+
+
+def test_narrower_features_are_offered_where_they_are_a_large_part(backbone):
+    config = settings(backbone, tuning="frozen", word_dim=64)  # instead of 192
+    found = propose(config, 10**6, 2, device_type="cpu")
+    (change,) = (change for change in found.changes if change["setting"] == "model.text_vectors")
+    assert change["value"] == "words" and found.peak - change["peak_bytes"] > found.parts["item features"] / 2
+    planner = Planner(dataclasses.replace(config, word_dim=256), batch_size=2, device_type="cpu")
+    assert "model.text_vectors" not in {change["setting"] for change in changes(planner, found, {})}
+
+
+def test_data_are_counted_once_for_all_changes(backbone, tiny_data, monkeypatch):
+    sequences = dataclasses.replace(tiny_data.sequences, query_texts=["red"],
+                                    queries=np.zeros(len(tiny_data.sequences.items), np.int32))
+    data, counted = dataclasses.replace(tiny_data, sequences=sequences), []
+    monkeypatch.setattr("karma_fast.planning.workload.vocabulary",
+                        lambda texts: counted.append(len(texts)) or ["red", "pan"])
+    found = propose(settings(backbone, positions="last", text_vectors="both", max_history=12), 10**6, 2, data=data)
+    assert len(found.changes) >= 5 and counted == [40]
+    assert "model.text_vectors" not in {change["setting"] for change in found.changes}  # of 40 items
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("lengths", [[1, 7, 3], [2, 0], [1], []])
+def test_the_longest_history_is_that_of_the_windows(lengths, positions):
+    ends = np.cumsum([0, *lengths])
+    sequences = Sequences(np.arange(len(lengths)).astype(object), ends, np.zeros(ends[-1], np.int32))
+    split = Split(ends[1:], np.array([], int), np.array([], int), "")
+    data = Dataset(Items(np.array(["a"], object), ["x"], [""]), sequences, split)
+    for max_history in (1, 3, 6, 9):
+        starts, stops = training_windows(sequences, split, max_history, positions)
+        config = KarmaConfig(max_history=max_history, positions=positions)
+        assert Workload.of(config, 8, data).history == (stops - starts).max(initial=2) - 1
 
 
 def test_data_set_the_numbers(tiny_data, tiny_backbone):

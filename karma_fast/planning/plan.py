@@ -24,7 +24,7 @@ from .optimiser import state_bytes
 from .shapes import language_model
 from .simulated import Simulation
 from .timeline import REPEATED, Peak, Recorder, peak_of
-from .workload import Workload
+from .workload import Numbers, Workload
 
 if TYPE_CHECKING:
     from ..data.batches import KarmaBatch
@@ -121,8 +121,8 @@ class Planner:
     all are.
     """
 
-    def __init__(self, config: KarmaConfig, *, batch_size: int, device_type: str = "cuda", data: Dataset | None = None,
-                 tokenizer=None, optimiser: str = "adamw_torch_fused",
+    def __init__(self, config: KarmaConfig, *, batch_size: int, device_type: str = "cuda",
+                 data: Dataset | Numbers | None = None, tokenizer=None, optimiser: str = "adamw_torch_fused",
                  capability: tuple[int, int] = ASSUMED_CAPABILITY, layers: int = LAYERS) -> None:
         self.shape = language_model(config.backbone)
         self.workload = Workload.of(config, self.shape.get_text_config().hidden_size, data, tokenizer)

@@ -10,7 +10,9 @@ from ..config import KarmaConfig
 from ..data.schema import Dataset
 from .gpu import ASSUMED_CAPABILITY
 from .plan import MemoryPlan, Planner, known_alone
+from .workload import Numbers
 
+LARGE = 0.1  # share of the peak from which narrower items' features are worth a word
 FEW = 4  # windows at once; with fewer the hardware idles, and recomputing layers is the better choice
 SIZES = sorted({round(base * 2**power) for power in range(17) for base in (1, 1.25, 1.5, 1.75)})
 
@@ -31,8 +33,8 @@ def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_t
         >>> plan.chunk_size, plan.gradient_checkpointing  # doctest: +SKIP
         (10, False)
     """
-    known = {"device_type": device_type, "data": data, "tokenizer": tokenizer, "optimiser": optimiser,
-             "capability": capability}
+    known = {"device_type": device_type, "data": None if data is None else Numbers(data), "tokenizer": tokenizer,
+             "optimiser": optimiser, "capability": capability}
     best = None
     for checkpointing in [True] if config.gradient_checkpointing else [False, True]:
         planner = Planner(dataclasses.replace(config, gradient_checkpointing=checkpointing), batch_size=batch_size,
@@ -44,7 +46,7 @@ def propose(config: KarmaConfig, budget_bytes: int, batch_size: int, *, device_t
             return best
     if not best.fits(budget_bytes):
         best = found  # with checkpointing, which is the smaller
-        best.changes = sorted(changes(planner, known), key=lambda change: change["peak_bytes"])
+        best.changes = sorted(changes(planner, found, known), key=lambda change: change["peak_bytes"])
     return best
 
 
@@ -67,7 +69,7 @@ def largest_chunk(planner: Planner, budget_bytes: int) -> MemoryPlan:
     return best
 
 
-def changes(planner: Planner, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def changes(planner: Planner, smallest: MemoryPlan, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Settings that take less memory, each alone, with what a step of one window at a time would then need."""
     config, size = planner.config, planner.batch_size
     model: list[tuple[str, Any]] = []
@@ -82,6 +84,10 @@ def changes(planner: Planner, known: dict[str, Any]) -> Iterator[dict[str, Any]]
             model.append((name, max(least, getattr(config, name) // 2)))
     if config.decode_weight > 0:
         model.append(("decode_weight", 0.0))
+    wider_than = config.word_dim if config.text_vectors == "states" else 0  # "both" has the words' vectors already
+    if (planner.workload.widths.get("text", 0) > wider_than
+            and smallest.parts["item features"] > LARGE * smallest.peak):
+        model.append(("text_vectors", "words"))
     for name, value in model:
         peak = Planner(dataclasses.replace(config, **{name: value}), batch_size=size, **known).plan(1).peak
         yield {"setting": f"model.{name}", "value": value, "peak_bytes": peak}

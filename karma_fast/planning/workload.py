@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config import KarmaConfig
 from ..data.schema import Dataset, Items, Sequences
-from ..data.windows import training_windows
 from ..data.words import MOST_WORDS, vocabulary
 
 if TYPE_CHECKING:
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 ASSUMED_ITEMS = 100_000
 CHARACTERS_A_TOKEN = 4  # of English text, roughly
+
+
+class Numbers:
+    """What a workload takes from data, counted once for all settings that are looked at."""
+
+    def __init__(self, data: Dataset) -> None:
+        items, sequences = data.items, data.sequences
+        self.items, self.texts = len(items), items.texts
+        self.longest_text = max(map(len, items.texts), default=0)
+        self.longest_training = int((data.split.train_end - sequences.indptr[:-1]).max(initial=0))
+        self.widths = {kind: vectors.shape[1] for kind, vectors in (("image", items.image_vectors),
+                                                                    ("id", items.id_vectors)) if vectors is not None}
+        self.with_queries = sequences.queries is not None
+        indptr = sequences.negatives_indptr
+        self.hard_negatives = 0 if indptr is None else min(8, int(np.diff(indptr).max()))
+
+    @cached_property
+    def words(self) -> int:
+        """Of the texts, that have a vector of their own."""
+        return len(vocabulary(self.texts))
 
 
 @dataclass
@@ -41,7 +61,8 @@ class Workload:
     query_words: int = 0
 
     @classmethod
-    def of(cls, config: KarmaConfig, hidden: int, data: Dataset | None = None, tokenizer=None) -> Workload:
+    def of(cls, config: KarmaConfig, hidden: int, data: Dataset | Numbers | None = None, tokenizer=None
+           ) -> Workload:
         """From the settings, and from the data where there is some; else every limit of the settings is met."""
         if tokenizer is not None and config.instruction:
             instruction = len(tokenizer(config.instruction)["input_ids"])
@@ -56,21 +77,17 @@ class Workload:
                        config.max_query_tokens if queries else 0, instruction, 0,
                        {kind: width for kind, width in widths.items() if width},
                        config.id_folds if config.id_dim else 0, MOST_WORDS if queries and with_words else 0)
-        items, sequences = data.items, data.sequences
-        starts, ends = training_windows(sequences, data.split, config.max_history, config.positions)
-        if items.image_vectors is not None:
-            widths["image"] = items.image_vectors.shape[1]
-        if items.id_vectors is not None:
-            widths["id"] = items.id_vectors.shape[1]
-        if not any(items.texts):
+        data = data if isinstance(data, Numbers) else Numbers(data)
+        widths |= data.widths
+        if not data.longest_text:
             widths |= dict.fromkeys(config.text_kinds, 0)
-        hard = 0 if sequences.negatives_indptr is None else min(8, int(np.diff(sequences.negatives_indptr).max()))
-        longest = max(map(len, items.texts), default=0)  # a token has at least one character
-        words = len(vocabulary(items.texts)) if sequences.queries is not None and with_words else 0
-        return cls(len(items), int((ends - starts).max(initial=2)) - 1, min(config.max_text_tokens, longest + 1),
-                   0 if sequences.queries is None else config.max_query_tokens, instruction, hard,
+        # the longest window is of the user with most events to train on
+        return cls(data.items, max(1, min(config.max_history, data.longest_training - 1)),
+                   min(config.max_text_tokens, data.longest_text + 1),  # a token has at least one character
+                   config.max_query_tokens if data.with_queries else 0, instruction, data.hard_negatives,
                    {kind: width for kind, width in widths.items() if width},
-                   config.id_folds if config.id_dim and items.id_vectors is None else 0, words)
+                   config.id_folds if config.id_dim and "id" not in data.widths else 0,
+                   data.words if data.with_queries and with_words else 0)
 
     def applied(self, config: KarmaConfig) -> KarmaConfig:
         """The settings under which the batches below have this workload's lengths."""

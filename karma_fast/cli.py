@@ -224,10 +224,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         masked.add_argument("--unmasked", dest="masked", action="store_false", help="rank all items")
     for command in (demo, train, evaluate, baselines):
         command.add_argument("--test-users", type=partial(whole, least=0), metavar="N",
-                             help="rank N requests drawn by the seed; 0: all (default: all, but at most "
+                             help="rank N requests, in every command the same; 0: all (default: all, but at most "
                              f"{MOST_REQUESTS:,})")
     baselines.add_argument("--no-sasrec", action="store_true", help="only what needs no training")
-    baselines.add_argument("--seed", type=int, default=0, help="of requests drawn, search and SASRec (default: 0)")
+    baselines.add_argument("--seed", type=int, default=0, help="of search and SASRec (default: 0)")
     baselines.add_argument("--seeds", metavar="0,1,2", help="train SASRec with each; its row is their mean")
     baselines.add_argument("--folder", metavar="FOLDER", help="keep SASRec and its checkpoints there; the same "
                            "command goes on from them")

@@ -138,7 +138,7 @@ class ModelConfig(Section):
     section = "model"
     recipe = ""
 
-    backbone: str = "smollm2-135m-instruct"  # a hub id, a local folder, or a name from `karma-fast doctor`
+    backbone: str = "smollm2-135m-instruct"  # a hub id, a local folder, or the model of the demo
     quantization: Literal["4bit", "8bit", "none"] = "4bit"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False

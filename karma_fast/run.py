@@ -20,11 +20,12 @@ from .baselines import baseline_rows
 from .baselines.rows import KEYS
 from .callbacks import Lines
 from .checkpoints import last_checkpoint
-from .commands.common import device_name, draw, requests_to_rank, table
+from .commands.common import device_name, requests_to_rank, table
 from .config import ConfigError, RunConfig
 from .data import DataError
 from .data.batches import KarmaCollator, request
 from .data.check import checked
+from .data.flat import draw
 from .data.schema import Dataset
 from .evaluation import held_out_ranks, seen_before, top_k
 from .evaluation.attention import NoAttention, attention_map
@@ -51,7 +52,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
     Args:
         folder: of the run. One that holds a run already is refused, unless ``resume`` (go on from its last complete
             checkpoint) or ``overwrite``.
-        command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by the seed; 0: all; None:
+        command: recorded in metrics.json. test_users: test requests to evaluate on, drawn by a seed; 0: all; None:
             all, but at most ``MOST_REQUESTS``.
         started: `time.perf_counter()` at the start of what the recorded seconds count; default now.
         leave: whether this is the last training of several processes, so that their group ends after it.
@@ -78,7 +79,7 @@ def run(config: RunConfig, folder: str | Path, *, command: str = "", resume: boo
         data = checked_data(config, say)
         if config.model.positions == "all":
             KarmaCollator(config.model, None, data.sequences, None)  # refuses queries before any model is loaded
-        positions = np.sort(requests_to_rank(data.split.test, test_users, args.seed, say))
+        positions = np.sort(requests_to_rank(data.split.test, test_users, say))
         shown = draw(positions, EXAMPLES, args.seed)
     config.model = fit_to_gpu(args, config.model, data, say)
     model_class = recipe(config.model.recipe).model_class()

@@ -36,7 +36,7 @@ OF_THE_START = ("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_
                 "lr_scheduler_type", "metric_for_best_model", "greater_is_better")
 RATES = ("learning_rate", "projection_learning_rate")
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that make each rate of the one before
-DDP_TIMEOUT = 4 * 3600  # seconds; process 0 ranks all test requests before the first step, for which the others wait
+DDP_TIMEOUT = 4 * 3600  # seconds; process 0 ranks test requests before the first step, for which the others wait
 RESULTS = ("metrics.json", "examples.json", "attention.json", "report.html", "report.md", "log.jsonl")
 
 

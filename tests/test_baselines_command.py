@@ -72,6 +72,15 @@ def test_at_most_so_many_requests_are_ranked_unless_all_are_asked_for(shop, caps
         assert ranked in out and ("12 of 30 requests are drawn" in err) == (not words)
 
 
+def test_the_same_requests_are_drawn_whatever_the_seed(shop, capsys):
+    rows = []
+    for seed in ("0", "5"):
+        assert main(["baselines", "shop.yaml", "--no-sasrec", "--test-users", "9", "--seed", seed, "--output",
+                     "s.json"]) == 0
+        rows.append(json.loads((shop / "s.json").read_text(encoding="utf-8"))["rows"]["popularity"])
+    assert rows[0] == rows[1]
+
+
 def test_bars_for_each_row_on_a_terminal(shop, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["baselines", "shop.yaml", *QUICK]) == 0
@@ -130,7 +139,18 @@ def test_without_validation_targets_the_query_is_not_added_to_the_mix(shop, tiny
                  "by_time", "--valid_time", "29000", "--test_time", "29001", "--output", "b.json"]) == 0
     found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
     assert list(found["rows"]) == [*ROWS[:4], "mix, untuned", "query TF-IDF"] and found["query"] == {}
-    assert "query TF-IDF is not added to the mix: the data has no validation target" in capsys.readouterr().out
+    assert "query TF-IDF is not added to the mix: no validation request has a query" in capsys.readouterr().out
+
+
+def test_validation_requests_without_queries_choose_no_weight(shop, tiny_searches, capsys, monkeypatch):
+    from karma_fast.data import Sequences
+
+    # of the test requests drawn one has a query, of the 30 validation requests none
+    monkeypatch.setattr(Sequences, "has_queries", lambda self, positions: len(positions) == 7)
+    assert main(["baselines", "shop.yaml", "--interactions", tiny_searches.interactions, "--no-sasrec", "--test-users",
+                 "7", "--output", "b.json"]) == 0
+    assert json.loads((shop / "b.json").read_text(encoding="utf-8"))["query"] == {}
+    assert "no validation request has a query" in capsys.readouterr().out
 
 
 def test_wrong_settings(shop, capsys):

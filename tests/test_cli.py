@@ -813,9 +813,9 @@ def test_evaluate_shows_a_bar_for_each_row_on_a_terminal(here, capsys, monkeypat
 
 def test_the_standard_error_of_the_requests_that_are_drawn():
     said = []
-    assert len(requests_to_rank(np.arange(50_000), None, 0, said.append)) == 50_000 and not said
-    assert len(requests_to_rank(np.arange(50_001), 0, 0, said.append)) == 50_001 and not said
-    drawn = requests_to_rank(np.arange(50_001), None, 0, said.append)
+    assert len(requests_to_rank(np.arange(50_000), None, said.append)) == 50_000 and not said
+    assert len(requests_to_rank(np.arange(50_001), 0, said.append)) == 50_001 and not said
+    drawn = requests_to_rank(np.arange(50_001), None, said.append)
     assert len(drawn) == 50_000 and "50,000 of 50,001" in said[0] and "at most 0.0023" in said[0]
 
 
@@ -877,6 +877,9 @@ def test_an_index_by_name_and_evaluations_while_training(here, capsys, monkeypat
         assert err.count(bar) >= times, bar
     metrics = json.loads(Path("runs/hnsw/metrics.json").read_text(encoding="utf-8"))
     assert (metrics["requests"], metrics["drawn_from"]) == (12, 30) and "12 requests, drawn" in metrics["protocol"]
+    capsys.readouterr()
+    assert main(["evaluate", "runs/hnsw", "--json", "--baselines"]) == 0  # ranks the requests that the run ranked
+    assert json.loads(capsys.readouterr().out)["rows"]["popularity"] == metrics["rows"]["popularity"]
     assert json.loads(Path("runs/hnsw/model/index.json").read_text(encoding="utf-8"))["kind"] == "hnsw"
     assert Path("runs/hnsw/report.md").read_text(encoding="utf-8").count("HR@10") > 2
     assert main(["recommend", "runs/hnsw", "--history", "i5,i6", "--k", "3", "--json"]) == 0

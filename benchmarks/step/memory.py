@@ -15,6 +15,7 @@ from pathlib import Path
 
 from karma_fast.config import KarmaConfig
 from karma_fast.planning import propose
+from karma_fast.planning.shapes import hub_id
 
 from .. import RESULTS
 
@@ -47,7 +48,7 @@ def table(results: list[dict]) -> str:
             cells.append(("all" if whole else str(r["chunk_size"])) + " at once"
                          + (", checkpointing" if r["gradient_checkpointing"] else "")
                          + f": {r['peak_bytes'] / 1e9:.1f} GB")
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        lines.append(f"| {hub_id(model)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.flat import draw
 from ..evaluation.csr import csr_rows, seen_before
 from ..evaluation.metrics import ranking_metrics
 from ..evaluation.ranks import Ranks, rank_scores
@@ -180,9 +181,7 @@ def validation_requests(dataset: Any, users: int, seed: int) -> np.ndarray:
     if not len(positions):
         raise ValueError("the split has no validation request to choose weights on; give users with 3 events or "
                          "more, or take mix_scorer with weights of your own")
-    if 0 < users < len(positions):
-        positions = np.sort(np.random.default_rng(seed).choice(positions, users, replace=False))
-    return positions
+    return draw(positions, users, seed)
 
 
 def search_metrics(parts: Any, positions: np.ndarray, choices: Sequence[Any],

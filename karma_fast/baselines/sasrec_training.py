@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import MOST_REQUESTS, ConfigError
+from ..data.flat import draw
 from ..data.windows import training_windows
 from ..evaluation.csr import csr_ranges
 from ..evaluation.held_out import held_out_ranks
@@ -71,9 +72,7 @@ def train_sasrec(data: Any, config: SASRecConfig | None = None, *, seed: int, de
     if not len(starts):
         raise ValueError("no user has two events in the training part, so there is no next item to learn from; give "
                          "longer sequences or another split")
-    valid = np.asarray(data.split.valid, np.int64)
-    if len(valid) > MOST_REQUESTS:
-        valid = np.sort(np.random.default_rng(seed).choice(valid, MOST_REQUESTS, replace=False))
+    valid = draw(np.asarray(data.split.valid, np.int64), MOST_REQUESTS, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SASRec(len(data.items), config)

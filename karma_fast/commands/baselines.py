@@ -34,8 +34,7 @@ def main(args: argparse.Namespace) -> int:
 
     sasrec = SASRecConfig.from_dict(sasrec_settings)
     data = load_dataset(config)
-    positions = requests_to_rank(data.split.test, args.test_users, args.seed,
-                                 lambda text: print(text, file=sys.stderr))
+    positions = requests_to_rank(data.split.test, args.test_users, lambda text: print(text, file=sys.stderr))
     if not len(positions):
         raise DataError("the data has no test target, so nothing can be ranked; see `karma-fast check-data`")
     bars = sys.stderr.isatty()
@@ -111,7 +110,7 @@ def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int,
         return {"rows": rows, "mix": mix}
     asked, query = query_scorer(data), {}
     add_row(QUERY, asked)
-    if mix["tuned"]:
+    if data.sequences.has_queries(data.split.valid):
         found = tune_query(data, history, asked, mask_seen=masked, seed=seed)
         query = {"weight": found.weight, "validation": found.metrics, "validation_requests": found.requests,
                  "tried": found.tried}
@@ -161,7 +160,7 @@ def remarks(found: dict[str, Any]) -> str:
                      f"{query['validation']['NDCG@10']:.4f} on {query['validation_requests']:,} validation requests, "
                      f"{query['tried']} tried)")
     elif "query" in found:
-        lines.append("query TF-IDF is not added to the mix: the data has no validation target to choose its weight on")
+        lines.append("query TF-IDF is not added to the mix: no validation request has a query to choose its weight on")
     if "sasrec" in found:
         lines += [f"SASRec, seed {run['seed']}: best epoch {run['best_epoch']} of {run['epochs']}"
                   + "".join(f", validation {k} {v:.4f}" for k, v in run["validation"].items())

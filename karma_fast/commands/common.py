@@ -20,6 +20,7 @@ import numpy as np
 
 from ..checkpoints import checkpoints
 from ..config import MOST_REQUESTS, ConfigError, RunConfig
+from ..data.flat import draw
 
 if TYPE_CHECKING:
     import torch
@@ -112,20 +113,12 @@ def user_index(user_ids: np.ndarray, user: str) -> int:
     raise KeyError(f"no user has the id {user!r} (or they have too few events); {hint}")
 
 
-def draw(positions: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """``number`` of the positions drawn by the seed, in their order; all for 0.
+def requests_to_rank(positions: np.ndarray, number: int | None, say: Callable[[str], None]) -> np.ndarray:
+    """So many held-out requests, all for 0; for None all, or ``MOST_REQUESTS`` where there are more, which is said.
 
-    >>> draw(np.array([4, 7, 9]), 0, 0), len(draw(np.array([4, 7, 9]), 2, 0))
-    (array([4, 7, 9]), 2)
+    Every command draws the same ones, whatever its seed, so that their tables can be compared.
     """
-    if not 0 < number < len(positions):
-        return positions
-    return np.sort(np.random.default_rng(seed).choice(positions, number, replace=False))
-
-
-def requests_to_rank(positions: np.ndarray, number: int | None, seed: int, say: Callable[[str], None]) -> np.ndarray:
-    """What `draw` draws; for None all, or ``MOST_REQUESTS`` where there are more, which is said."""
-    drawn = draw(positions, MOST_REQUESTS if number is None else number, seed)
+    drawn = draw(positions, MOST_REQUESTS if number is None else number, seed=0)
     if number is None and len(drawn) < len(positions):
         error = math.ceil(5000 / math.sqrt(len(drawn))) / 10_000  # of a share of one half, rounded up
         say(f"{len(drawn):,} of {len(positions):,} requests are drawn and ranked, so HR has a standard error of at "

@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> int:
     from ..evaluation.verdict import verdict
 
     there = getattr(data.split, args.split)
-    positions = requests_to_rank(there, args.test_users, 0, lambda text: print(text, file=sys.stderr))
+    positions = requests_to_rank(there, args.test_users, lambda text: print(text, file=sys.stderr))
     if not len(positions):
         raise DataError(f"the data has no {args.split} target, so nothing can be ranked; see `karma-fast check-data`")
     rows, bars = {}, sys.stderr.isatty()
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
         rows = {KEYS.get(name, name): row for name, row in found.items()}
     own = model.config.recipe
     rows[own] = evaluate_model(model, data, positions, mask_seen=args.masked, progress=bars)
-    line = protocol(data, positions, model.config.max_history, args.masked, len(there))
+    line = protocol(data, positions, model.config.max_history, args.masked, len(there), args.baselines)
     if args.json:
         print(json.dumps({"rows": rows, "protocol": line, "split": args.split, "requests": len(positions),
                           "drawn_from": len(there)}, indent=1))

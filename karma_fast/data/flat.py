@@ -1,4 +1,4 @@
-"""Lists of different lengths in one flat array: places, without a loop over the lists."""
+"""Lists of different lengths in one flat array, without a loop over the lists: places, parts, draws."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (array([0, 0, 2]), array([0, 1, 0]))
     """
     return np.repeat(np.arange(len(lengths)), lengths), spans(np.zeros_like(lengths), lengths)
+
+
+def draw(positions: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """``number`` of the positions drawn by the seed, in rising order; all, as they are, for 0 or a number beyond.
+
+    >>> draw(np.array([4, 7, 9]), 0, 0), len(draw(np.array([4, 7, 9]), 2, 0))
+    (array([4, 7, 9]), 2)
+    """
+    if not 0 < number < len(positions):
+        return positions
+    return np.sort(np.random.default_rng(seed).choice(positions, number, replace=False))
 
 
 def slices(lengths: np.ndarray) -> Iterator[slice]:

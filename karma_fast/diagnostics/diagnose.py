@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..commands.common import draw
 from ..data.batches import request
+from ..data.flat import draw
 from ..data.schema import DataError, Dataset
 from ..evaluation import seen_before, top_k
 from ..evaluation.evaluate import encode_requests

@@ -42,10 +42,15 @@ def evaluate_model(model: KarmaModel, data: Dataset, positions: np.ndarray, ks: 
 
 
 def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: bool = True,
-             drawn_from: int = 0) -> str:
-    """One line to print beside every number. drawn_from: see `ranking_rule`."""
-    queries = ("; queries are read by the model and, of the baselines, by query TF-IDF alone"
-               if data.sequences.has_queries(positions) else "")
+             drawn_from: int = 0, baselines: bool = True) -> str:
+    """One line to print beside every number.
+
+    drawn_from: see `ranking_rule`. baselines: whether the table has rows of them.
+    """
+    queries = ""
+    if data.sequences.has_queries(positions):
+        others = " and, of the baselines, by query TF-IDF alone" if baselines else ""
+        queries = f"; queries are read by the model{others}"
     rule = ranking_rule(data, positions, mask_seen, drawn_from)
     return (f"{rule}, the model reads the last {max_history} items{queries}; "
             f"{data.split.description}")

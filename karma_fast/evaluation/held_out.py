@@ -18,8 +18,9 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
 
     Args:
         sequences: :class:`karma_fast.data.Sequences`.
-        users: (T, D) vectors of the requests. items: (N, D), or a :class:`Catalogue`, which is made of them where the
-            requests' histories are too long for one go (`karma_fast.data.flat.PAIRS`).
+        users: (T, D) vectors of the requests. items: (N, D), or a :class:`Catalogue`, which is made of them
+            (unless they are a memory map) where the requests' histories are too long for one go
+            (`karma_fast.data.flat.PAIRS`).
         mask_seen: leave out what the user chose before the target. A target that was itself chosen before counts as
             missed then: among unseen items alone whatever is near the history would find it at once, and a list
             without seen items never shows it.
@@ -30,8 +31,8 @@ def held_out_ranks(sequences: Any, positions: np.ndarray, users: Any, items: Any
     if not mask_seen:
         return target_ranks(users, items, targets, **options)
     parts = list(slices(positions - sequences.indptr[sequences.user_of(positions)]))
-    if len(parts) > 1 and not isinstance(items, Catalogue) and not getattr(items, "is_cuda", False):
-        items = Catalogue(items)  # packed once for all parts; on a GPU there is nothing to pack
+    if len(parts) > 1 and not isinstance(items, (Catalogue, np.memmap)) and not getattr(items, "is_cuda", False):
+        items = Catalogue(items)  # packed once for all parts; maps may be larger than memory, a GPU packs nothing
     ranks = [target_ranks(users[part], items, targets[part], seen=seen_before(sequences, positions[part]), **options)
              for part in parts]
     return Ranks.concat(ranks).missed(sequences.chosen_before(positions))

@@ -110,9 +110,9 @@ def load_backbone(config: KarmaConfig, device: torch.device | str | None = None
         from ..planning.shapes import hub_id
 
         known = hub_id(name)  # a known asset's name is a folder by now
-        advice = (f"this short name is for `karma-fast plan` alone, so give the hub id {known}, or a local folder"
-                  if known else
-                  f"give a local folder, a hub id that this machine can reach, or {', '.join(GGUF_ASSETS)}")
+        why, wanted = ("", "a hub id that this machine can reach") if not known else (
+            "this short name is for `karma-fast plan` alone; ", f"the hub id {known}")
+        advice = f"{why}give {wanted}, a local folder, or {', '.join(GGUF_ASSETS)}"
         raise ConfigError(f"model.backbone: {config.backbone!r} cannot be loaded: {str(error).splitlines()[0]}; "
                           f"{advice}") from error
     if config.quantization == "none":

@@ -423,9 +423,9 @@ def test_loading_refuses_what_is_no_model(tmp_path, tiny_config, tiny_data):
 
 
 @pytest.mark.parametrize(("name", "advice"), [
-    ("qwen2.5-1.5b", "this short name is for `karma-fast plan` alone, so give the hub id Qwen/Qwen2.5-1.5B, or a "),
-    ("Qwen2.5-7B-Instruct", "so give the hub id Qwen/Qwen2.5-7B-Instruct, or a local folder"),
-    ("Qwen/Qwen2.5-1.5B", "give a local folder, a hub id that this machine can reach, or smollm2-135m-instruct")])
+    ("qwen2.5-1.5b", "this short name is for `karma-fast plan` alone; give the hub id Qwen/Qwen2.5-1.5B, a "),
+    ("Qwen2.5-7B-Instruct", "give the hub id Qwen/Qwen2.5-7B-Instruct, a local folder, or "),
+    ("Qwen/Qwen2.5-1.5B", "give a hub id that this machine can reach, a local folder, or smollm2-135m-instruct")])
 def test_a_short_name_of_plan_that_cannot_be_loaded_is_told_its_hub_id(name, advice, monkeypatch):
     def unknown(name):
         raise OSError(f"{name} is not a local folder")

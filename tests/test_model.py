@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from karma_fast.evaluation.decoding import decoding_check
 from karma_fast.evaluation.decoding import text_losses as held_out_losses
 from karma_fast.losses import frozen_decoder_loss
 from karma_fast.model.backbone import adapters_off, causal_lm, convert_gguf, default_device, load_backbone
-from karma_fast.model.features import encode_texts
+from karma_fast.model.features import cached_text_vectors, encode_texts
 from karma_fast.model.id_vectors import id_vectors
 from karma_fast.model.karma import KarmaModel
 from karma_fast.model.packed_attention import PACKED
@@ -453,6 +454,29 @@ def test_text_vectors_are_cached_by_model_and_text(tiny_config, tiny_data, tmp_p
     build(tiny_config, tiny_data, tmp_path,
           dataclasses.replace(tiny_data.items, texts=["other", *tiny_data.items.texts[1:]]))
     assert len(list((tmp_path / "text-vectors").iterdir())) == 2
+
+
+def test_stopped_text_vectors_go_on_where_they_were(tiny_config, tiny_data, tmp_path, monkeypatch):
+    model = build(tiny_config, tiny_data, tmp_path / "model")
+    texts, left = [f"{text} {'red ' * 40 * n}" for n, text in enumerate(tiny_data.items.texts)], [2]
+    given = (texts, model.backbone, model.tokenizer, "a model", tmp_path / "cache")
+    expected = encode_texts(texts, model.backbone, model.tokenizer, batch_tokens=128)
+    monkeypatch.setattr("karma_fast.model.features.encode_texts", functools.partial(encode_texts, batch_tokens=128))
+
+    def stopping(*_, **__):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    with causal_lm(model.backbone).base_model.register_forward_pre_hook(stopping):
+        with pytest.raises(KeyboardInterrupt):
+            cached_text_vectors(*given, progress=False)
+        left[0] = batches = 10 ** 6
+        np.testing.assert_array_equal(cached_text_vectors(*given, progress=False), expected)
+        rest = batches - left[0]
+        encode_texts(texts, model.backbone, model.tokenizer, batch_tokens=128)
+    assert 0 < rest == batches - rest - left[0] - 2  # all but the two that were done
+    assert [path.suffixes for path in (tmp_path / "cache" / "text-vectors").iterdir()] == [[".npy"]]
 
 
 def test_full_and_frozen_tuning(tiny_config, tiny_data, tmp_path):

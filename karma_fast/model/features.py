@@ -17,10 +17,19 @@ from .backbone import adapters_off, causal_lm
 KINDS = ("text", "words", "image", "id")
 
 
+def empty_vectors(texts: Sequence[str], backbone: nn.Module) -> np.ndarray:
+    """(N, hidden) float32 of NaN."""
+    return np.full((len(texts), causal_lm(backbone).config.get_text_config().hidden_size), np.nan, np.float32)
+
+
 @torch.no_grad()
 def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instruction: str = "", max_tokens: int = 128,
-                 batch_tokens: int = 4096, progress: bool = False) -> np.ndarray:
-    """(N, hidden) float32: mean of the untuned model's last states over a text's tokens; NaN rows for empty texts."""
+                 batch_tokens: int = 4096, progress: bool = False, out: np.ndarray | None = None) -> np.ndarray:
+    """(N, hidden) float32: mean of the untuned model's last states over a text's tokens; NaN rows for empty texts.
+
+    Args:
+        out: (N, hidden) float32 to fill, row by row; batches that have no NaN are left as they are.
+    """
     from tqdm.auto import tqdm
 
     model = causal_lm(backbone)
@@ -28,7 +37,8 @@ def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instructi
     head = tokenizer(instruction, add_special_tokens=False)["input_ids"] if instruction else []
     rows = TokenTexts((head + ids)[:max_tokens] for ids in tokenised(tokenizer, (t or "-" for t in texts)))
     order = sorted((i for i, t in enumerate(texts) if t), key=rows.lengths.__getitem__)
-    out = np.full((len(texts), model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
+    if out is None:
+        out = empty_vectors(texts, backbone)
     training = backbone.training
     backbone.eval()
     bar = tqdm(total=len(order), desc="encoding item texts", unit="item", disable=not progress)
@@ -39,14 +49,15 @@ def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instructi
             while stop < len(order) and (stop - start + 1) * rows.lengths[order[stop]] <= batch_tokens:
                 stop += 1
             batch = order[start:stop]
-            lengths = torch.from_numpy(rows.lengths[batch]).to(device)
-            width = int(lengths.max())
-            ids = torch.tensor([rows[i] + [0] * (width - int(rows.lengths[i])) for i in batch], device=device)
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-            column = torch.arange(width, device=device)
-            keep = (column < lengths[:, None]) & (column >= len(head) if width > len(head) else True)
-            mean = (hidden * keep[..., None]).sum(dim=1) / keep.sum(dim=1, keepdim=True)
-            out[batch] = mean.cpu().numpy()
+            if np.isnan(out[batch]).any():
+                lengths = torch.from_numpy(rows.lengths[batch]).to(device)
+                width = int(lengths.max())
+                ids = torch.tensor([rows[i] + [0] * (width - int(rows.lengths[i])) for i in batch], device=device)
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+                column = torch.arange(width, device=device)
+                keep = (column < lengths[:, None]) & (column >= len(head) if width > len(head) else True)
+                mean = (hidden * keep[..., None]).sum(dim=1) / keep.sum(dim=1, keepdim=True)
+                out[batch] = mean.cpu().numpy()
             bar.update(len(batch))
             start = stop
     bar.close()
@@ -56,17 +67,29 @@ def encode_texts(texts: Sequence[str], backbone: nn.Module, tokenizer, instructi
 
 def cached_text_vectors(texts: Sequence[str], backbone: nn.Module, tokenizer, key: str, cache: Path,
                         instruction: str = "", progress: bool = True) -> np.ndarray:
-    """`encode_texts`, kept under ``cache`` by model (``key``) and texts."""
+    """`encode_texts`, kept under ``cache`` by model (``key``) and texts; what was done when it stopped is kept too."""
     digest = hashlib.sha256("\x1f".join([key, instruction, *texts]).encode()).hexdigest()[:32]
     path = cache / "text-vectors" / f"{digest}.npy"
     if path.exists():
         return np.load(path, allow_pickle=False)
-    vectors = encode_texts(texts, backbone, tokenizer, instruction, progress=progress)
+    begun = path.with_name(f"{digest}.begun.npy")
+    vectors = np.load(begun, allow_pickle=False) if begun.exists() else empty_vectors(texts, backbone)
+    try:
+        encode_texts(texts, backbone, tokenizer, instruction, progress=progress, out=vectors)
+    except BaseException:  # Ctrl-C too
+        if not np.isnan(vectors).all():
+            _save(vectors, begun)
+        raise
+    _save(vectors, path)
+    begun.unlink(missing_ok=True)
+    return vectors
+
+
+def _save(vectors: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{digest}.part-{os.getpid()}.npy")
+    part = path.with_name(f"{path.stem}.part-{os.getpid()}.npy")
     np.save(part, vectors)
     part.replace(path)
-    return vectors
 
 
 class ItemFeatures(nn.Module):

@@ -519,7 +519,9 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
         files[row, seed] = tmp_path / f"{row}-{seed}.npz"
         np.savez(files[row, seed], positions=np.arange(50), masked=expected.astype(float))
         records.append({"row": row, "seed": seed})
-    found = compare(records, files, ["masked"])
+    some = np.arange(50) < 20
+    parts = {"all": np.ones(50, dtype=bool), "some": some, "none": np.zeros(50, dtype=bool)}
+    found = compare(records, files, ["masked"], parts)
     hits = {key: (value < 10).astype(float) for key, value in ranks.items()}
     difference = (hits["C", 0] - hits["A", 0] + hits["C", 1] - hits["A", 1]) / 2
     own = found["C"]["A, masked"]
@@ -529,11 +531,16 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
     seeds = [hits["C", seed] - hits["mix", 0] for seed in range(3)]
     assert found["C"]["mix, masked"]["HR@10"]["difference"] == pytest.approx(np.mean(seeds))
     assert found["C"]["mix, masked"]["HR@10"]["by_seed"] == pytest.approx([x.mean() for x in seeds])
+    ours = found["C"]["A, masked, some"]["HR@10"]
+    assert ours["difference"] == pytest.approx(difference[some].mean()) and ours["by_seed"][0] == pytest.approx(
+        (hits["C", 0] - hits["A", 0])[some].mean())
+    assert ours["standard_error"] == pytest.approx(difference[some].std(ddof=1) / 20**0.5)
+    assert set(found["C"]) == {"mix, masked", "mix, masked, some", "A, masked", "A, masked, some"}
     plain = hits["popularity", 0] - (hits["A", 0] + hits["A", 1]) / 2
     assert found["popularity"]["A, masked"]["HR@10"]["difference"] == pytest.approx(plain.mean())
     np.savez(files["C", 0], positions=np.arange(1, 51), masked=np.zeros(50))
     with pytest.raises(ConfigError, match="different requests"):
-        compare(records, files, ["masked"])
+        compare(records, files, ["masked"], parts)
 
 
 def test_lists_of_numbers_take_one_line_of_a_results_file():

@@ -128,7 +128,7 @@ def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dic
     files = {(r["row"], r["seed"]): table.ranks_file(table.folder(ROWS[r["row"]], r["seed"])) for r in records}
     if not table.recorded:
         known = table.results.values["comparisons"]
-        for name, found in compare(records, files, list(metrics)).items():
+        for name, found in compare(records, files, list(metrics), table.requests.parts).items():
             known[name] = known.get(name, {}) | found  # what was compared where other ranks lie stays
     table.results.save()
     return table.results.find(row.name, seed, table.recorded)

@@ -16,6 +16,7 @@ from .settings import DataSet
 
 KS = (10, 50, 200)
 RARE = 5  # training events of a target up to which it counts as cold
+LATEST = 10  # events that the shortcuts, and so row no-llm, read
 HISTORY_ONLY = ", history only"
 
 
@@ -64,8 +65,10 @@ def make_requests(data: Dataset, spec: DataSet, on: str) -> Requests:
     sequences = data.sequences
     past = positions - sequences.indptr[sequences.user_of(positions)]
     counts = data.split.training_counts(sequences, len(data.items))[sequences.items[positions]]
-    parts = {"all": np.ones(len(positions), dtype=bool), f"history of at most {spec.short_history}":
-             past <= spec.short_history, f"target with at most {RARE} training events": counts <= RARE,
+    parts = {"all": np.ones(len(positions), dtype=bool),
+             f"history of at most {spec.short_history}": past <= spec.short_history,
+             f"history of more than {LATEST}": past > LATEST,
+             f"target with at most {RARE} training events": counts <= RARE,
              "target without a training event": counts == 0}
     return Requests(data, positions, parts)
 

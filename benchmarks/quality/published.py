@@ -7,6 +7,8 @@ from ..tables import rows_of
 COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "HR@20", "NDCG@20")
 S3REC = "[S3-Rec's repository](https://github.com/RUCAIBox/CIKM2020-S3Rec)"
 DUOREC = "[DuoRec issue 3](https://github.com/RuihongQiu/DuoRec/issues/3)"
+BSAREC = ("[the log in BSARec's repository]"
+          "(https://github.com/yehjin-shin/BSARec/blob/main/src/output/BSARec_Beauty_best.log)")
 FIGURES: list[tuple[str, tuple[float, ...], str]] = [
     ("PopRec", (.0080, .0044, .0152, .0068, .0217, .0084), S3REC),
     ("GRU4Rec", (.0164, .0099, .0283, .0137, .0479, .0187), S3REC),
@@ -18,6 +20,7 @@ FIGURES: list[tuple[str, tuple[float, ...], str]] = [
     ("S3-Rec", (.0387, .0244, .0647, .0327, .0994, .0414), S3REC),
     ("SASRec, full softmax, a user's rerun on RecBole's own build of the data",
      (.0555, .0326, .0830, .0415, .1191, .0506), DUOREC),
+    ("BSARec (AAAI 2024)", (.0736, .0523, .1008, .0611, .1373, .0703), BSAREC),
 ]
 
 

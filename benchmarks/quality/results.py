@@ -80,11 +80,12 @@ def save_ranks(path: Path, requests: Requests, ranks: dict[str, Ranks]) -> None:
     part.replace(path)
 
 
-def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path], variants: list[str]
-            ) -> dict[str, dict[str, dict[str, Any]]]:
+def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path], variants: list[str],
+            parts: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> "row2, variant" -> metric -> difference to row2, with its standard error over requests.
 
-    Every row is compared with the tuned mix, with A and with the row it is derived from, request by request. With
+    Every row is compared with the tuned mix, with A and with the row it is derived from, request by request; with the
+    mix and A also in each of the ``parts`` that are not all, seen items left out, under "row2, masked, part". With
     several seeds a request counts by its mean over those that both rows have; a row without seeds meets each of the
     other's.
     """
@@ -98,9 +99,14 @@ def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path]
             pairs = seed_pairs(row, other, seeds)
             if other == row or not pairs:
                 continue
+            files = [(ranks_at[row, a], ranks_at[other, b]) for a, b in pairs]
+            entries = out.setdefault(row, {})
             for variant in variants:
-                found = compared([(ranks_at[row, a], ranks_at[other, b]) for a, b in pairs], variant)
-                out.setdefault(row, {})[f"{other}, {variant}"] = found | {"seeds": len(pairs)}
+                entries[f"{other}, {variant}"] = compared(files, variant) | {"seeds": len(pairs)}
+            if other in REFERENCES:
+                for part, keep in parts.items():
+                    if keep.any() and not keep.all():
+                        entries[f"{other}, masked, {part}"] = compared(files, "masked", keep) | {"seeds": len(pairs)}
     return out
 
 
@@ -115,15 +121,16 @@ def seed_pairs(row: str, other: str, seeds: dict[str, list[int]]) -> list[tuple[
     return [(seed, seed) for seed in sorted(set(seeds[row]) & set(seeds[other]))]
 
 
-def compared(paths: list[tuple[Path, Path]], variant: str) -> dict[str, Any]:
-    """metric -> difference, its standard error over requests, and the difference of each seed."""
+def compared(paths: list[tuple[Path, Path]], variant: str, keep: np.ndarray | None = None) -> dict[str, Any]:
+    """metric -> difference, its standard error over requests, and the difference of each seed. keep: (T,) bool."""
     differences: dict[str, list[np.ndarray]] = {metric: [] for metric in COMPARED}
     for a, b in paths:
         with np.load(a) as ours, np.load(b) as theirs:
             if not np.array_equal(ours["positions"], theirs["positions"]):
                 raise ConfigError(f"{a} and {b} are of different requests; evaluate both under the same settings")
             for metric, found in differences.items():
-                found.append(gains(ours[variant], metric) - gains(theirs[variant], metric))
+                difference = gains(ours[variant], metric) - gains(theirs[variant], metric)
+                found.append(difference if keep is None else difference[keep])
     out = {}
     for metric, found in differences.items():
         mean = np.mean(found, axis=0)

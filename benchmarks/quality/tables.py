@@ -1,8 +1,8 @@
 """Results of the experiment to Markdown tables and pictures: ``python -m benchmarks.quality.tables``.
 
 A document holds a pair of comments, ``<!-- quality:DATA-SIZE -->`` and ``<!-- /quality -->``; what is between them is
-replaced by the tables and pictures of every device that there are results of. ``<!-- quality:published -->`` holds the
-figures of others.
+replaced by the tables and pictures of every device that there are results of. ``<!-- quality:summary -->`` holds the
+main rows of all data sets, ``<!-- quality:published -->`` the figures of others.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from ..tables import rows_of
 from . import published
 from .protocol import HISTORY_ONLY
 from .results import REFERENCES
-from .rows import ROWS
+from .rows import ROWS, Row
 from .settings import DATA, Size
 
 BLOCK = re.compile(r"(<!-- quality:(?P<name>\S+) -->).*?(<!-- /quality -->)", re.DOTALL)
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
+SUMMARISED = ("beauty", "ml-100k")
+MAIN_ROWS = ("popularity", "mix", "sasrec", "no-llm", "frozen", "A", "C", "D", "H", "ra-rec-ids", "ra-rec")
+SMALLEST_PART = 50  # requests; of fewer a share says nothing
 # column -> entry of karma_fast.diagnostics
 DIAGNOSTICS = {"first token receives": "first_received", "history sink": "history_sink", "barcode": "barcode",
                "effective rank of u": "u_effective_rank", "mean cosine of u": "u_mean_cosine",
@@ -60,55 +63,96 @@ def values_of(records: list[dict], variant: str, part: str, metric: str) -> list
     return [r["metrics"][variant][part][metric] for r in records if part in r["metrics"].get(variant, {})]
 
 
-def name_of(records: list[dict]) -> str:
+def title_of(row: Row) -> str:
     """As a first column: the row's letter and what it is."""
-    row = records[0]
-    label = f"{row['row']}: {row['label']}" if row["kind"] == "karma" else row["label"]
+    return f"{row.name}: {row.label}" if row.kind == "karma" else row.label
+
+
+def name_of(records: list[dict]) -> str:
     read = max(r["readings"] for r in records)
-    return label + (f" (read {read} times)" if read > 1 else "")
+    return title_of(ROWS[records[0]["row"]]) + (f" (read {read} times)" if read > 1 else "")
+
+
+def seeds_of(records: list[dict]) -> str:
+    return str(len(records)) if ROWS[records[0]["row"]].seeded else "-"
 
 
 def against(results: dict, row: str, other: str, variant: str, metric: str = "HR@10") -> str:
-    """Difference to another row with its standard error over requests and, with several seeds of both, over seeds.
+    """Difference to another row and its standard error over requests and, with several seeds of both, over seeds.
 
     The two errors are of different causes, so their squares add up (which counts what both vary with twice, on the
     safe side). Few seeds tell their own spread badly: their part grows as Student's t has it, so that two errors mean
-    what they mean of many. Where the row has seeds that the other has not, the entry says how many were set side by
-    side.
+    what they mean of many. Of two seeds that would say nothing, so both differences are given. Where the row has seeds
+    that the other has not, the entry says how many were set side by side.
     """
     found = results["comparisons"].get(row, {}).get(f"{other}, {variant}")
     if found is None:
         return "-"
-    entry, kind = found[metric], "requests"
+    entry = found[metric]
     error, seeds = entry["standard_error"] or 0.0, entry["by_seed"]
-    if len(seeds) > 1:
-        over_seeds = stdtrit(len(seeds) - 1, 0.975) / 1.96 * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
-        error, kind = float(np.hypot(error, over_seeds)), "requests and seeds"
     own = sum(r["row"] == row for r in results["records"])
-    paired = f", {len(seeds)} of {own} seeds" if len(seeds) < own else ""
-    return f"{entry['difference']:+.4f} ± {error:.4f} ({kind}{paired})"
+    paired = f" ({len(seeds)} of {own} seeds)" if len(seeds) < own else ""
+    if len(seeds) == 2:
+        return ", ".join(f"{value:+.4f}" for value in seeds) + paired
+    if len(seeds) > 2:
+        over_seeds = stdtrit(len(seeds) - 1, 0.975) / 1.96 * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
+        error = float(np.hypot(error, over_seeds))
+    return f"{entry['difference']:+.4f} ± {error:.4f}{paired}"
 
 
 def main_table(results: dict, variant: str = "masked") -> str:
-    table = [["row", "seeds", *METRICS, *(f"HR@10 against {other}" for other in REFERENCES),
-              "HR@10 against its parent", "parent"]]
+    table = [["row", "seeds", *METRICS, "HR@10 against mix", "HR@10 against A", "HR@200 against A",
+              "HR@10 against another row"]]
     for name, records in by_row(results).items():
         parent = records[0]["parent"]
         cells = [values_of(records, variant, "all", metric) for metric in METRICS]
         if all(cells):
-            table.append([name_of(records), str(len(records)) if ROWS[name].seeded else "-", *map(spread, cells),
-                          *(against(results, name, other, variant) for other in REFERENCES),
-                          against(results, name, parent, variant) if parent else "-", parent or "-"])
+            table.append([name_of(records), seeds_of(records), *map(spread, cells),
+                          against(results, name, "mix", variant), against(results, name, "A", variant),
+                          against(results, name, "A", variant, "HR@200"),
+                          "-" if parent in ("", *REFERENCES) else
+                          f"{title_of(ROWS[parent])}: {against(results, name, parent, variant)}"])
     return rows_of(table)
 
 
+def summary(files: dict[str, dict]) -> str:
+    """The main rows of every data set that has results, those of full size if there are any."""
+    best: dict[str, dict] = {}
+    for results in files.values():
+        data, size = results["data"], results["size"]
+        if results["on"] == "test" and results["records"] and (data not in best or size == "full"):
+            best[data] = results
+    best = {data: best[data] for data in SUMMARISED if data in best}
+    table = [["row", *(column for data, results in best.items() for column in (
+        f"{data}{', REDUCED' * (results['size'] == 'reduced')}: seeds", "HR@10", "HR@200", "HR@10 against A",
+        "HR@200 against A"))]]
+    for row in MAIN_ROWS:
+        cells = [cell for results in best.values() for cell in summary_cells(results, row)]
+        if any(cell != "-" for cell in cells):
+            table.append([title_of(ROWS[row]), *cells])
+    return rows_of(table)
+
+
+def summary_cells(results: dict, row: str) -> list[str]:
+    records = by_row(results).get(row)
+    if not records:
+        return ["-"] * 5
+    metrics = ("HR@10", "HR@200")
+    return [seeds_of(records), *(spread(values_of(records, "masked", "all", metric)) for metric in metrics),
+            *(against(results, row, "A", "masked", metric) for metric in metrics)]
+
+
 def parts_table(results: dict, variant: str = "masked") -> str:
-    """HR@10 and HR@200 of the parts of the requests."""
-    sizes = {part: n for part, n in results["requests"].items() if n}
-    table = [["row", *(f"{metric}, {part} ({n:,})" for part, n in sizes.items() for metric in ("HR@10", "HR@200"))]]
-    for records in by_row(results).values():
-        table.append([name_of(records), *(spread(values_of(records, variant, part, metric)) for part in sizes
-                                          for metric in ("HR@10", "HR@200"))])
+    """HR@10 and HR@200 of the parts of the requests, and HR@10 against the mix; parts of few or of all left out."""
+    sizes = {part: n for part, n in results["requests"].items() if SMALLEST_PART <= n < results["requests"]["all"]}
+    if not sizes:
+        return ""
+    table = [["row", *(f"{metric}, {part} ({n:,})" for part, n in sizes.items()
+                       for metric in ("HR@10", "HR@200", "HR@10 against mix"))]]
+    for name, records in by_row(results).items():
+        table.append([name_of(records), *(cell for part in sizes for cell in (
+            spread(values_of(records, variant, part, "HR@10")), spread(values_of(records, variant, part, "HR@200")),
+            against(results, name, "mix", f"{variant}, {part}")))])
     return rows_of(table)
 
 
@@ -175,34 +219,40 @@ def joined(commands: list[str]) -> list[str]:
 
 
 def about(results: dict) -> str:
-    """Which machine, versions, protocol and commands a table is of."""
-    machine = results["machine"]
-    versions = [f"torch {machine['torch']}", f"Python {machine['python']}",
-                *(f"{name} {version}" for name, version in machine["libraries"].items())]
+    """Which model and protocol a table is of."""
     model, reduced = results["settings"]["model"], "REDUCED: " if results["size"] == "reduced" else ""
     steps = results["settings"]["training"]
     length = f"{steps['max_steps']} steps" if "max_steps" in steps else f"{steps['num_train_epochs']:g} epochs"
-    commands = "; ".join(f"`{command}`" for command in joined(results["commands"]))
     return (f"{reduced}{model['backbone']}, {model['quantization']}, {length} of about {steps['batch_size']} pairs, "
-            f"decode_weight {model['decode_weight']:g}. {results['protocol']}. {machine['name']}; "
-            f"{', '.join(versions)}; {results['date'][:10]}; {commands}.")
+            f"decode_weight {model['decode_weight']:g}. {results['protocol']}.")
+
+
+def made_by(results: dict) -> str:
+    """Which machine, versions, date and commands a table is of."""
+    machine = results["machine"]
+    versions = [f"torch {machine['torch']}", f"Python {machine['python']}",
+                *(f"{name} {version}" for name, version in machine["libraries"].items())]
+    commands = "\n".join(joined(results["commands"]))
+    return f"{machine['name']}; {', '.join(versions)}; {results['date'][:10]}:\n\n```\n{commands}\n```"
 
 
 def shown(results: dict, pictures: dict[str, str]) -> str:
     """All there is of one results file. pictures: alternative text -> file beside the document."""
     tables = {caption: part(results) for caption, part in PARTS.items()}
     return "\n\n".join([about(results), *(f"![{text}]({file})" for text, file in pictures.items()),
-                        *(f"{caption}:\n\n{table}" for caption, table in tables.items() if table)])
+                        *(f"{caption}:\n\n{table}" for caption, table in tables.items() if table), made_by(results)])
 
 
 def table_for(name: str, files: dict[str, dict], pictures: dict[str, dict[str, str]]) -> str:
     """What belongs between one pair of comments."""
     if name == "published":
         return published.table()
+    if name == "summary":
+        return summary(files)
     data, _, size = name.rpartition("-")
     if data not in DATA or size not in get_args(Size):
-        raise ValueError(f"quality:{name}: published or DATA-SIZE is needed, with DATA one of {', '.join(DATA)} and "
-                         f"SIZE one of {', '.join(get_args(Size))}")
+        raise ValueError(f"quality:{name}: summary, published or DATA-SIZE is needed, with DATA one of "
+                         f"{', '.join(DATA)} and SIZE one of {', '.join(get_args(Size))}")
     found = {stem: r for stem, r in files.items()
              if (r["data"], r["size"], r["on"]) == (data, size, "test") and r["records"]}
     if not found:

@@ -154,7 +154,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     evaluate.add_argument("model", metavar="MODEL", help="a run's folder or a saved model's")
     evaluate.add_argument("--split", choices=("test", "valid"), default="test", help="which targets (default: test)")
     evaluate.add_argument("--baselines", action="store_true", help="rows of popularity, item-kNN and title "
-                          "TF-IDF too, and of query TF-IDF where requests have queries")
+                          "TF-IDF too, and of query TF-IDF and query kNN where requests have queries")
 
     diagnose = add("diagnose", "diagnose", "measure collapse: attention, embeddings, perplexity, probes",
                    "examples:\n  karma-fast diagnose runs/demo --untuned\n  karma-fast diagnose runs/shop shop.yaml "
@@ -213,8 +213,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
                     "0,1,2 --output baselines.json\n  karma-fast baselines --name ml-100k --no-sasrec\n  karma-fast "
                     "baselines shop.yaml --sasrec.dim 128 --folder runs/sasrec\n\nAll that is fitted comes from the "
                     "training part of the events; the mix's weights and SASRec's epoch are\nchosen on the validation "
-                    "requests. Where requests have queries, two more rows read them: query TF-IDF alone, and\nadded "
-                    f"to the mix.\n\n{section_help(DataConfig)}", True)
+                    "requests. Where requests have queries, four more rows read them: query TF-IDF and query\nkNN "
+                    f"alone, and added to the mix.\n\n{section_help(DataConfig)}", True)
     baselines.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="its data section is read")
     for command in (evaluate, baselines, recommend):
         counted = "" if command is recommend else "; such a target is missed"

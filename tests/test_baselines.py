@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from karma_fast.baselines import BASELINES, baseline_rows, query_scorer, rows, tune_query
+from karma_fast.baselines import BASELINES, baseline_rows, query_knn_scorer, query_scorer, rows, tune_query
 from karma_fast.baselines.counts import recent_history, training_matrix, transition_counts
 from karma_fast.baselines.query import QUERY_WEIGHTS
 from karma_fast.baselines.rows import DEFAULT, rank_requests, request_scorer
@@ -76,7 +76,7 @@ def test_scores_equal_loops(lists):
         np.testing.assert_allclose(found["kNN with decay"][u], weights @ cosine[past], atol=1e-6)
         np.testing.assert_allclose(found["text with decay"][u], weights @ text[past], atol=1e-6)
         np.testing.assert_array_equal(found["transitions"][u], [follows[past[-1], j] for j in range(7)])
-        assert not found["query TF-IDF"][u].any()  # the data has no queries
+        assert not found["query TF-IDF"][u].any() and not found["query kNN"][u].any()  # the data has no queries
 
 
 def test_scores_are_never_wide_in_float64():
@@ -125,7 +125,7 @@ def test_only_the_training_part_is_fitted(name):
     leaked = dataset(lists)  # the check would notice: the same with everything in the training part
     leaked.split.train_end = leaked.sequences.indptr[1:]
     moved = not np.array_equal(*(request_scorer(data, name)(data.split.valid) for data in (one, leaked)))
-    assert moved == (name not in ("title TF-IDF", "text with decay", "query TF-IDF"))
+    assert moved == (name not in ("title TF-IDF", "text with decay", "query TF-IDF", "query kNN"))
 
 
 def test_seen_before():
@@ -253,11 +253,51 @@ def test_queries_are_compared_with_texts_and_do_not_count():
     np.testing.assert_allclose(found[3], vector[:7] @ vector[7], atol=1e-6)
 
 
+def knn_by_hand(data, position: int, sharpness: int) -> np.ndarray:
+    sequences, found, texts = data.sequences, np.zeros(7), {}
+    for u, end in enumerate(data.split.train_end):
+        for p in range(sequences.indptr[u], end):
+            if sequences.queries[p] >= 0:
+                texts.setdefault(sequences.query_texts[sequences.queries[p]], []).append(sequences.items[p])
+    of_all = tf_idf_vectors([*texts], [sequences.query_texts[sequences.queries[position]]]).toarray()
+    for n, items in enumerate(texts.values()):
+        np.add.at(found, items, (of_all[n] @ of_all[-1]) ** sharpness)
+    return found / found.max()
+
+
+@pytest.mark.parametrize("sharpness", [1, 8])
+def test_query_knn_counts_what_was_chosen_after_such_queries(sharpness, monkeypatch):
+    lists = [[0, 1, 3, 2], [2, 3, 3, 4, 5, 1], [6, 0, 5, 3]]
+    texts = ["red shoe", "red tea", "tea", "never seen", "shoe"]
+    data = asked(lists, [0, 1, 2, 4, 1, 0, -1, 0, 2, 1, 4, 1, 3, -1], texts)
+    for pairs in (1, 1 << 24):  # in blocks, and at once
+        monkeypatch.setattr("karma_fast.baselines.query.NEIGHBOURS", pairs)
+        scorer = query_knn_scorer(data, sharpness)
+        found = scorer(np.array([2, 3, 8, 12, 13]))
+        assert found.dtype == np.float32 and found.shape == (5, 7)
+        for row, position in zip(found[:3], (2, 3, 8), strict=True):
+            np.testing.assert_allclose(row, knn_by_hand(data, position, sharpness), atol=1e-6)
+        assert not found[3:].any()  # words that nobody asked for in training; no query
+    np.testing.assert_array_equal(scorer(np.array([9])), scorer(np.array([11])))
+
+
+def test_query_knn_reads_the_training_part_alone():
+    lists, queries = [[0, 1, 3, 2], [2, 3, 3, 4, 5, 1]], [0, 1, 2, 1, 0, 2, 1, 1, 2, 0]
+    data, other = asked(lists, queries, ["red", "tea", "pot"]), asked(lists, queries, ["red", "tea", "pot"])
+    at = data.split.valid
+    later = np.arange(10) >= np.repeat(data.split.train_end, [4, 6])
+    other.sequences.items[later], other.sequences.queries[later & ~np.isin(np.arange(10), at)] = 6, 0
+    np.testing.assert_array_equal(query_knn_scorer(data)(at), query_knn_scorer(other)(at))
+    other.split.train_end = other.sequences.indptr[1:]
+    assert not np.array_equal(query_knn_scorer(data)(at), query_knn_scorer(other)(at))
+
+
 def test_rows_of_queries():
     lists = [[0, 1, 3], [2, 5, 4], [6, 0, 5]]
     data = asked(lists, [-1] * 8 + [0], ["red pot"])  # the last user's last item was searched for
     rows = baseline_rows(data, data.split.test, ks=(1,))
-    assert list(rows) == [*DEFAULT, "query TF-IDF"] and rows["query TF-IDF"]["HR@1"] == pytest.approx(1 / 3)
+    assert list(rows) == [*DEFAULT, "query TF-IDF", "query kNN"]
+    assert rows["query TF-IDF"]["HR@1"] == pytest.approx(1 / 3)
     assert list(baseline_rows(data, data.split.test[:2], ks=(1,))) == list(DEFAULT)  # these have no query
     assert list(baseline_rows(data, data.split.test, ks=(1,), names=("popularity",))) == ["popularity"]
 

@@ -105,7 +105,7 @@ def test_without_validation_targets_the_mix_is_not_tuned(shop, capsys):
     assert "mix, untuned" in found["rows"] and not found["mix"]["tuned"] and "not tuned" in capsys.readouterr().out
 
 
-QUERY_ROWS = ["query TF-IDF", "query TF-IDF + tuned mix"]
+QUERY_ROWS = ["query TF-IDF", "query kNN", "query TF-IDF + tuned mix", "query kNN + query TF-IDF + tuned mix"]
 
 
 def test_rows_that_read_queries(shop, tiny_searches, capsys, monkeypatch):
@@ -122,12 +122,14 @@ def test_rows_that_read_queries(shop, tiny_searches, capsys, monkeypatch):
     found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
     assert list(found["rows"]) == ROWS[:-1] + QUERY_ROWS
     assert len(calls) == 1 and len(fits) == 2  # to tune, and to score
-    for name in QUERY_ROWS:
-        assert found["rows"][name]["HR@1"] == 1  # the query is the title
-    query = found["query"]
+    for name in QUERY_ROWS:  # the query is the title
+        assert found["rows"][name]["HR@1"] == (1 if name != "query kNN" else pytest.approx(29 / 30))
+    query = found["query"]["query TF-IDF"]
     assert query["weight"] > 0 and query["tried"] == 6 and query["validation_requests"] == 30
-    assert f"query TF-IDF + tuned mix: mix 1, query {query['weight']:g} (NDCG@10 1.0000 on 30 validation" in out
-    assert "queries are read by the rows of query TF-IDF alone; leave one out" in found["protocol"]
+    assert found["query"]["query kNN"]["weight"] == 0  # adds nothing to a NDCG@10 of 1
+    assert f"query TF-IDF beside the tuned mix: {query['weight']:g} (NDCG@10 1.0000 on 30 validation" in out
+    assert "query kNN beside the tuned mix and query TF-IDF: 0 (NDCG@10 1.0000 on 30 validation" in out
+    assert "queries are read by the rows of query TF-IDF and query kNN alone; leave one out" in found["protocol"]
     assert main([*words[:-2], "--no-sasrec", "--query_column", "false", "--output", "b.json"]) == 0
     without = json.loads((shop / "b.json").read_text(encoding="utf-8"))
     assert list(without["rows"]) == ROWS[:-1] and "query" not in without and "quer" not in without["protocol"]
@@ -138,8 +140,8 @@ def test_without_validation_targets_the_query_is_not_added_to_the_mix(shop, tiny
     assert main(["baselines", "shop.yaml", "--interactions", tiny_searches.interactions, "--no-sasrec", "--split",
                  "by_time", "--valid_time", "29000", "--test_time", "29001", "--output", "b.json"]) == 0
     found = json.loads((shop / "b.json").read_text(encoding="utf-8"))
-    assert list(found["rows"]) == [*ROWS[:4], "mix, untuned", "query TF-IDF"] and found["query"] == {}
-    assert "query TF-IDF is not added to the mix: no validation request has a query" in capsys.readouterr().out
+    assert list(found["rows"]) == [*ROWS[:4], "mix, untuned", *QUERY_ROWS[:2]] and found["query"] == {}
+    assert "queries are not added to the mix: no validation request has a query" in capsys.readouterr().out
 
 
 def test_validation_requests_without_queries_choose_no_weight(shop, tiny_searches, capsys, monkeypatch):

@@ -687,9 +687,10 @@ def searching(shop, tiny_searches):
 
 
 def test_where_requests_have_queries_a_baseline_reads_them_too(searching, here, capsys):
-    said = "; queries are read by the model and, of the baselines, by query TF-IDF alone; leave one out"
+    said = "; queries are read by the model and, of the baselines, by query TF-IDF and query kNN alone; leave one out"
     metrics = json.loads(Path("runs/searches/metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "query_tfidf", "karma_start", "karma"]
+    assert list(metrics["rows"]) == ["popularity", "item_knn", "title_tfidf", "query_tfidf", "query_knn",
+                                     "karma_start", "karma"]
     assert metrics["rows"]["query_tfidf"]["HR@10"] == 1 and "best of the baselines 1.0000" in searching
     assert said in searching and "query TF-IDF: HR@10" in searching  # the verdict's rival
     assert "query TF-IDF" in Path("runs/searches/report.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from karma_fast.baselines import mix_scorer, query_scorer, tune_mix, tune_query
+from karma_fast.baselines import mix_scorer, query_knn_scorer, query_scorer, tune_mix, tune_query
 from karma_fast.baselines.rows import rank_requests, request_scorer
 from karma_fast.baselines.scorers import RequestScorer
 from karma_fast.data import Dataset, cache_dir
@@ -49,14 +49,18 @@ def score_by(scorer_of: Callable[[bool, bool], RequestScorer]) -> Score:
 
 
 def make_query_row(row: Row, data: Dataset) -> Ready:
-    """Query TF-IDF alone, or added to the tuned mix with the weight of the best NDCG@10 on validation requests."""
-    asked, facts = query_scorer(data), {}
+    """What reads queries alone, or beside the tuned mix with weights of the best NDCG@10 on validation requests."""
+    facts: dict[str, float] = {}
 
     def nothing(positions: np.ndarray) -> np.ndarray:
         return np.zeros((len(positions), len(data.items)), np.float32)
 
-    if row.name == "query":
+    if row.name in ("query", "query-knn"):
+        asked = query_scorer(data) if row.name == "query" else query_knn_scorer(data)
         return Ready(score_by(lambda masked, queries: asked if queries else nothing))
+    added = {"query": query_scorer(data)}
+    if row.name == "query-knn-mix":
+        added["query kNN"] = query_knn_scorer(data)
 
     @functools.cache
     def mix(masked: bool) -> RequestScorer:
@@ -64,11 +68,12 @@ def make_query_row(row: Row, data: Dataset) -> Ready:
 
     @functools.cache
     def tuned(masked: bool, queries: bool) -> RequestScorer:
-        if not queries:
-            return mix(masked)
-        found = tune_query(data, mix(masked), asked, mask_seen=masked)
-        facts[f"weight of the query, {'masked' if masked else 'unmasked'}"] = found.weight
-        return found.scorer
+        scorer = mix(masked)
+        for name, asked in added.items() if queries else ():
+            found = tune_query(data, scorer, asked, mask_seen=masked)
+            facts[f"weight of the {name}, {'masked' if masked else 'unmasked'}"] = found.weight
+            scorer = found.scorer
+        return scorer
 
     return Ready(score_by(tuned), facts)
 

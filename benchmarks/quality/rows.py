@@ -48,7 +48,10 @@ BASELINE_ROWS = [Row(name, "baseline", label) for name, label in (
 ROWS: dict[str, Row] = {row.name: row for row in [
     *BASELINE_ROWS,
     Row("query", "query", "query TF-IDF", "reads the query and no history", queries=True),
+    Row("query-knn", "query", "query kNN", "what was chosen after such queries, and no history", queries=True),
     Row("query-mix", "query", "query TF-IDF + tuned mix", "weighs both; chosen on validation", queries=True),
+    Row("query-knn-mix", "query", "query kNN + query TF-IDF + tuned mix", "weighs all three; chosen on validation",
+        queries=True),
     Row("sasrec", "sasrec", "SASRec"),
     Row("A", "karma", "L_act", "retrieval alone", "", ACT_ALONE),
     Row("B", "karma", "L_act + L_gen", "adds L_gen", "A", ACT_ALONE | {"gen_weight": 1.0}),

@@ -4,10 +4,10 @@ Whatever is fitted, counts or weights, is fitted to the training part of each us
 """
 
 from .mix import MixWeights, TunedMix, mix_scorer, tune_mix
-from .query import TunedQuery, query_scorer, tune_query
+from .query import TunedQuery, query_knn_scorer, query_scorer, tune_query
 from .rows import BASELINES, baseline_rows, score_row
 from .sasrec import SASRec, SASRecConfig
 from .sasrec_training import train_sasrec
 
 __all__ = ["BASELINES", "MixWeights", "SASRec", "SASRecConfig", "TunedMix", "TunedQuery", "baseline_rows",
-           "mix_scorer", "query_scorer", "score_row", "train_sasrec", "tune_mix", "tune_query"]
+           "mix_scorer", "query_knn_scorer", "query_scorer", "score_row", "train_sasrec", "tune_mix", "tune_query"]

@@ -13,7 +13,7 @@ from ..evaluation.metrics import ranking_metrics
 from ..evaluation.ranks import Ranks, rank_scores
 from .counts import LAST_ITEMS, recent_history, training_matrix, transition_counts
 from .mix import MIX_LAST, mix_scorer, tune_mix
-from .query import query_scorer, tune_query
+from .query import query_knn_scorer, query_scorer, tune_query
 from .scorers import RequestScorer, Scorer, item_knn, popularity, tf_idf, transitions
 
 BLOCK_BYTES = 64 << 20  # of float32 scores at a time
@@ -21,9 +21,13 @@ DECAY = 0.7  # of the scorers "with decay"; a usual value, not tuned to the data
 
 KS = (1, 5, 10, 50, 200)
 DEFAULT = ("popularity", "item-kNN", "title TF-IDF")
-QUERY, QUERY_MIX = "query TF-IDF", "query TF-IDF + tuned mix"
-BASELINES = (*DEFAULT, "kNN with decay", "text with decay", "transitions", "tuned mix", QUERY, QUERY_MIX)
-KEYS = {"item-kNN": "item_knn", "title TF-IDF": "title_tfidf", QUERY: "query_tfidf"}  # of rows in a run's files
+QUERIES = ("query TF-IDF", "query kNN")
+QUERY_MIX = "query TF-IDF + tuned mix"
+QUERIES_MIX = "query kNN + query TF-IDF + tuned mix"
+BASELINES = (*DEFAULT, "kNN with decay", "text with decay", "transitions", "tuned mix", *QUERIES, QUERY_MIX,
+             QUERIES_MIX)
+KEYS = {"item-kNN": "item_knn", "title TF-IDF": "title_tfidf", "query TF-IDF": "query_tfidf",
+        "query kNN": "query_knn"}  # of rows in a run's files
 
 
 def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *, mask_seen: bool = True,
@@ -38,7 +42,7 @@ def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *
         positions: (T,) flat positions of targets, for example ``dataset.split.test``.
         ks: cut-offs, see :func:`karma_fast.evaluation.ranking_metrics`.
         mask_seen: leave out what the user chose before the target, the rule for the model's own row too.
-        names: some of ``BASELINES``; see docs/baselines.md for their formulas. None: ``DEFAULT``, and "query TF-IDF"
+        names: some of ``BASELINES``; see docs/baselines.md for their formulas. None: ``DEFAULT``, and ``QUERIES``
             where one of the requests has a query.
         progress: show a bar for each (needs tqdm).
 
@@ -57,7 +61,7 @@ def baseline_rows(dataset: Any, positions: np.ndarray, ks: Sequence[int] = KS, *
         {'popularity': 0.5, 'item-kNN': 0.5, 'title TF-IDF': 1.0}
     """
     if names is None:
-        names = (*DEFAULT, QUERY) if dataset.sequences.has_queries(positions) else DEFAULT
+        names = (*DEFAULT, *QUERIES) if dataset.sequences.has_queries(positions) else DEFAULT
     return {name: score_row(dataset, positions, request_scorer(dataset, name, mask_seen=mask_seen), ks,
                             mask_seen=mask_seen, progress=name if progress else "") for name in names}
 
@@ -69,17 +73,19 @@ def request_scorer(dataset: Any, name: str, *, mask_seen: bool = True) -> Reques
     Traceback (most recent call last):
         ...
     ValueError: no baseline is called 'magic'; take some of popularity, item-kNN, title TF-IDF, kNN with decay, \
-text with decay, transitions, tuned mix, query TF-IDF, query TF-IDF + tuned mix
+text with decay, transitions, tuned mix, query TF-IDF, query kNN, query TF-IDF + tuned mix, \
+query kNN + query TF-IDF + tuned mix
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline is called {name!r}; take some of {', '.join(BASELINES)}")
     if name == "tuned mix":
         return mix_scorer(dataset, tune_mix(dataset, mask_seen=mask_seen).weights)
-    if name == QUERY:
-        return query_scorer(dataset)
-    if name == QUERY_MIX:
-        history = request_scorer(dataset, "tuned mix", mask_seen=mask_seen)
-        return tune_query(dataset, history, query_scorer(dataset), mask_seen=mask_seen).scorer
+    if name in QUERIES:
+        return query_scorer(dataset) if name == "query TF-IDF" else query_knn_scorer(dataset)
+    if name in (QUERY_MIX, QUERIES_MIX):
+        less, query = ("tuned mix", "query TF-IDF") if name == QUERY_MIX else (QUERY_MIX, "query kNN")
+        return tune_query(dataset, request_scorer(dataset, less, mask_seen=mask_seen), request_scorer(dataset, query),
+                          mask_seen=mask_seen).scorer
     if name == "transitions":
         counts = transition_counts(dataset.sequences, dataset.split, len(dataset.items))
         return of_history(dataset, transitions(counts), last=1)

@@ -87,10 +87,11 @@ def whole_numbers(text: str) -> list[int]:
 def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int, bars: bool) -> dict[str, Any]:
     """``rows`` of the scorers that count, and ``mix``: the weights that were chosen and how.
 
-    ``query``, where requests have some: the weight of query TF-IDF beside the tuned mix, {} if it was not chosen.
+    ``query``, where requests have some: the weights of query TF-IDF beside the tuned mix and of query kNN beside both,
+    {} if they were not chosen.
     """
-    from ..baselines import MixWeights, baseline_rows, mix_scorer, query_scorer, score_row, tune_mix, tune_query
-    from ..baselines.rows import QUERY, QUERY_MIX
+    from ..baselines import MixWeights, baseline_rows, mix_scorer, score_row, tune_mix, tune_query
+    from ..baselines.rows import QUERIES, QUERIES_MIX, QUERY_MIX, request_scorer
 
     def add_row(name: str, scorer: RequestScorer) -> None:
         rows[name] = score_row(data, positions, scorer, mask_seen=masked, progress=name if bars else "")
@@ -108,13 +109,17 @@ def training_free(data: Dataset, positions: np.ndarray, masked: bool, seed: int,
     add_row(name, history)
     if not data.sequences.has_queries(positions):
         return {"rows": rows, "mix": mix}
-    asked, query = query_scorer(data), {}
-    add_row(QUERY, asked)
+    asked = {name: request_scorer(data, name) for name in QUERIES}
+    for name, scorer in asked.items():
+        add_row(name, scorer)
+    query = {}
     if data.sequences.has_queries(data.split.valid):
-        found = tune_query(data, history, asked, mask_seen=masked, seed=seed)
-        query = {"weight": found.weight, "validation": found.metrics, "validation_requests": found.requests,
-                 "tried": found.tried}
-        add_row(QUERY_MIX, found.scorer)
+        for name, (row, scorer) in zip((QUERY_MIX, QUERIES_MIX), asked.items(), strict=True):
+            found = tune_query(data, history, scorer, mask_seen=masked, seed=seed)
+            query[row] = {"weight": found.weight, "validation": found.metrics,
+                          "validation_requests": found.requests, "tried": found.tried}
+            history = found.scorer
+            add_row(name, history)
     return {"rows": rows, "mix": mix, "query": query}
 
 
@@ -143,7 +148,8 @@ def protocol(data: Dataset, positions: np.ndarray, masked: bool) -> str:
     from ..evaluation.held_out import ranking_rule
 
     rule = ranking_rule(data, positions, masked, len(data.split.test))
-    queries = "; queries are read by the rows of query TF-IDF alone" if data.sequences.has_queries(positions) else ""
+    reading = "; queries are read by the rows of query TF-IDF and query kNN alone"
+    queries = reading if data.sequences.has_queries(positions) else ""
     return (f"{rule}; statistics and weights from the training part alone, all events before the target are history"
             f"{queries}; {data.split.description}")
 
@@ -155,12 +161,13 @@ def remarks(found: dict[str, Any]) -> str:
     how = (f"NDCG@10 {mix['validation']['NDCG@10']:.4f} on {mix['validation_requests']:,} validation requests, "
            f"{mix['tried']} tried" if mix["tuned"] else "not tuned: the data has no validation target")
     lines = [f"mix: knn 1, {weights} ({how})"]
-    if query := found.get("query"):
-        lines.append(f"query TF-IDF + tuned mix: mix 1, query {query['weight']:g} (NDCG@10 "
-                     f"{query['validation']['NDCG@10']:.4f} on {query['validation_requests']:,} validation requests, "
-                     f"{query['tried']} tried)")
-    elif "query" in found:
-        lines.append("query TF-IDF is not added to the mix: no validation request has a query to choose its weight on")
+    for name, chosen in found.get("query", {}).items():
+        beside = "mix" if name == "query TF-IDF" else "mix and query TF-IDF"
+        lines.append(f"{name} beside the tuned {beside}: {chosen['weight']:g} (NDCG@10 "
+                     f"{chosen['validation']['NDCG@10']:.4f} on {chosen['validation_requests']:,} validation "
+                     f"requests, {chosen['tried']} tried)")
+    if found.get("query") == {}:
+        lines.append("queries are not added to the mix: no validation request has a query to choose their weight on")
     if "sasrec" in found:
         lines += [f"SASRec, seed {run['seed']}: best epoch {run['best_epoch']} of {run['epochs']}"
                   + "".join(f", validation {k} {v:.4f}" for k, v in run["validation"].items())

@@ -49,7 +49,7 @@ def protocol(data: Dataset, positions: np.ndarray, max_history: int, mask_seen: 
     """
     queries = ""
     if data.sequences.has_queries(positions):
-        others = " and, of the baselines, by query TF-IDF alone" if baselines else ""
+        others = " and, of the baselines, by query TF-IDF and query kNN alone" if baselines else ""
         queries = f"; queries are read by the model{others}"
     rule = ranking_rule(data, positions, mask_seen, drawn_from)
     return (f"{rule}, the model reads the last {max_history} items{queries}; "

@@ -8,7 +8,7 @@ from typing import Any
 
 METRIC = "HR@10"
 NAMES = {"popularity": "popularity", "itemknn": "item-kNN", "titletfidf": "title TF-IDF",
-         "querytfidf": "query TF-IDF", "karmastart": "KARMA at the start", "karma": "KARMA",
+         "querytfidf": "query TF-IDF", "queryknn": "query kNN", "karmastart": "KARMA at the start", "karma": "KARMA",
          "rarecstart": "RA-Rec at the start", "rarec": "RA-Rec"}
 
 

@@ -351,7 +351,8 @@ def test_requests_of_the_test_are_read_once(tiny, command, capsys, tmp_path):
     assert code == 0 and found["records"][0]["readings"] == 1 and found["on"] == "test"
     with pytest.raises(SystemExit):
         command("--rows", "A", "--set", "training.max_steps=1")
-    assert "are read once" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "are read once" in said and "--out FILE --runs FOLDER" in said
     again = command("--rows", "A", "--set", "training.max_steps=1", "--resume")[1]
     assert again["records"] == found["records"]
     read = command("--rows", "A", "--set", "training.max_steps=1", "--again")[1]["records"][0]
@@ -364,6 +365,15 @@ def test_requests_of_the_test_are_read_once(tiny, command, capsys, tmp_path):
     with pytest.raises(SystemExit):  # and one machine with its versions
         command("--rows", "B", "--set", "training.max_steps=1")
     assert "its machine is" in capsys.readouterr().err
+
+
+def test_another_reading_leaves_no_comparison_with_the_one_before(tiny, command, tmp_path):
+    found = command("--rows", "popularity,A,C", "--set", "training.max_steps=1")[1]["comparisons"]
+    assert {"A, masked"} < set(found["popularity"]) and {"A, masked"} < set(found["C"])
+    # where the ranks of the other rows do not lie
+    found = command("--rows", "A", "--set", "training.max_steps=1", "--again", "--runs", str(tmp_path / "other"))[1]
+    assert set(found["comparisons"]) == {"popularity", "C"}
+    assert not any(name.startswith("A, ") for entries in found["comparisons"].values() for name in entries)
 
 
 def test_settings_are_tried_on_validation_and_kept_apart(tiny, tiny_data, command, tmp_path):

@@ -128,6 +128,11 @@ def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dic
     files = {(r["row"], r["seed"]): table.ranks_file(table.folder(ROWS[r["row"]], r["seed"])) for r in records}
     if not table.recorded:
         known = table.results.values["comparisons"]
+        if table.again:  # what was compared with the reading before
+            known.pop(row.name, None)
+            for entries in known.values():
+                for name in [name for name in entries if name.split(", ")[0] == row.name]:
+                    del entries[name]
         for name, found in compare(records, files, list(metrics), table.requests.parts).items():
             known[name] = known.get(name, {}) | found  # what was compared where other ranks lie stays
     table.results.save()
@@ -151,7 +156,8 @@ def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> 
             seed = seed_of(row, seed)
             if table.results.find(row.name, seed, table.recorded) is not None:
                 raise ConfigError(f"row {row.name}, seed {seed}: {table.results.path} has its result, and requests "
-                                  "are read once; --resume keeps it and does the rest, --again reads and counts again")
+                                  "are read once; --resume keeps it and does the rest, --again reads and counts "
+                                  "again, and --out FILE --runs FOLDER makes a table of its own")
             if (table.folder(row, seed) / "settings.json").exists():
                 raise ConfigError(f"{table.folder(row, seed)}: holds a run already; --resume goes on with it")
     for at, (row, seed) in enumerate(jobs):

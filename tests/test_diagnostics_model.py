@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,3 +403,12 @@ def test_texts_are_read_as_the_model_embeds_them(monkeypatch):
         found = decoder_states(model, model.get_input_embeddings().weight[ids], tokens)
         expected = [model.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split([2, 3])]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("unseen", "chosen"), [(30, 30), (29, 40)])
+def test_few_texts_outside_the_training_part_are_enough_for_perplexity(unseen, chosen):
+    split = SimpleNamespace(training_items=lambda sequences: np.arange(40 - unseen))
+    data = SimpleNamespace(items=SimpleNamespace(texts=["a text"] * 40), split=split, sequences=None)
+    items, which = chosen_items(data, 0)
+    assert len(items) == chosen and items[-1] == 39
+    assert ("no event" in which) == (chosen == unseen) or f"only {unseen}" in which

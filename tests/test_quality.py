@@ -472,7 +472,7 @@ def test_diagnostics_join_a_record_without_another_reading(tiny, command, monkey
     asked = []
 
     def diagnose(model, data, **options):
-        asked.append((model.training, options["split"]))
+        asked.append((model.training, options["split"], options["untuned"]))
         return {"states": {"trained": {"u_effective_rank": {"value": 3.0}}}, "requests": 30, "attention_requests": 1,
                 "split": "test", "seed": 0, "compared": "", "decoder": "", "texts": "", "seconds": 0.0,
                 "maps": {"labels": ["a"], "trained": {"layer 1": [[0.12345]]}}}
@@ -480,7 +480,7 @@ def test_diagnostics_join_a_record_without_another_reading(tiny, command, monkey
     monkeypatch.setattr(diagnostics, "diagnose", diagnose)
     before = command("--rows", "popularity,A")[1]["records"]
     code, found = command("--rows", "popularity,A", "--diagnose")
-    assert code == 0 and asked == [(False, "test")]
+    assert code == 0 and asked == [(False, "test", True)]
     after = found["records"][1]
     assert after.pop("diagnostics")["states"]["trained"]["u_effective_rank"]["value"] == 3.0
     assert after.pop("attention") == {"labels": ["a"], "trained": {"layer 1": [[0.123]]}}
@@ -560,3 +560,11 @@ def test_lists_of_numbers_take_one_line_of_a_results_file():
     text = to_json(values)
     assert json.loads(text) == values
     assert "\n  [0.5, 1],\n" in text and "\n  [-1e-07, 2e+20]\n" in text and '  "1",\n' in text
+
+
+def test_the_state_before_tuning_is_measured_where_it_can_be_had():
+    from benchmarks.quality.__main__ import has_untuned
+
+    adapted = SimpleNamespace(backbone=SimpleNamespace(disable_adapter=None))
+    assert has_untuned(adapted)
+    assert not has_untuned(SimpleNamespace(backbone=object(), config=SimpleNamespace(tuning="full", backbone=None)))

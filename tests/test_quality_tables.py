@@ -197,3 +197,15 @@ def test_published_figures_fit_their_columns():
         assert len(values) == 6 and "https://github.com/" in where, name
         assert np.all(np.diff(values[0::2]) > 0) and np.all(np.array(values[1::2]) < np.array(values[0::2])), name
     assert not any(name in ("TIGER", "E4SRec", "ActionPiece", "IDGenRec") for name, _, _ in FIGURES)
+
+
+def test_what_tuning_changed_stands_below_the_row():
+    states = {"trained": {"u_effective_rank": {"value": 30.0}, "sink_first": {"value": 0.25}},
+              "untuned": {"u_effective_rank": {"value": 20.0}}}
+    diagnosed = record("A", 0) | {"diagnostics": {"states": states}}
+    head, _, after, before = rows_of_table(tables.diagnostics_table({"records": [diagnosed]}))
+    at = head.index("effective rank of u")
+    assert (after[0], before[0]) == ("A: L_act", "A: L_act, language model before tuning")
+    assert (after[at], before[at]) == ("30.000", "20.000")
+    at = head.index("heads with a sink at the first token")
+    assert (after[at], before[at]) == ("0.250", "-")

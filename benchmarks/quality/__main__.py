@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,13 +98,25 @@ def run_row(table: Table, row: Row, seed: int) -> str:
     if wants_diagnosis and ready.model is not None:
         from karma_fast.diagnostics import diagnose
 
-        found = diagnose(ready.model, table.requests.data, split=table.results.values["on"], seed=DIAGNOSIS_SEED)
+        found = diagnose(ready.model, table.requests.data, split=table.results.values["on"], seed=DIAGNOSIS_SEED,
+                         untuned=has_untuned(ready.model))
         known["diagnostics"] = {name: found[name] for name in ("states", "requests", "attention_requests", "split",
                                                                "seed", "compared", "decoder", "texts", "seconds")}
         known["attention"] = rounded(found["maps"])
         table.results.save()
     metrics = known["metrics"]["masked"]["all"]
     return f"HR@10 {metrics['HR@10']:.4f}, HR@200 {metrics['HR@200']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"
+
+
+def has_untuned(model: Any) -> bool:
+    """Whether the language model before tuning can be had, so that what tuning changed can be measured."""
+    from karma_fast.diagnostics.states import Untuned
+
+    try:
+        Untuned(model)
+    except ValueError:
+        return False
+    return True
 
 
 def rounded(maps: dict) -> dict:

@@ -31,11 +31,16 @@ SUMMARISED = ("beauty", "ml-100k")
 MAIN_ROWS = ("popularity", "mix", "sasrec", "no-llm", "frozen", "A", "C", "D", "H", "ra-rec-ids", "ra-rec")
 SMALLEST_PART = 50  # requests; of fewer a share says nothing
 # column -> entry of karma_fast.diagnostics
-DIAGNOSTICS = {"first token receives": "first_received", "history sink": "history_sink", "barcode": "barcode",
+DIAGNOSTICS = {"heads with a sink at the first token": "sink_first", "first token receives": "first_received",
+               "history sink": "history_sink", "barcode": "barcode",
                "effective rank of u": "u_effective_rank", "mean cosine of u": "u_mean_cosine",
+               "effective rank of e": "e_effective_rank", "mean cosine of e": "e_mean_cosine",
                "perplexity ratio": "perplexity_ratio", "attribute probe of u": "u_attributes_probe_recall@10",
-               "of shuffled u": "u_shuffled_attributes_probe_recall@10", "fresh decoder, own u": "decoder_matched",
-               "another's u": "decoder_shuffled", "the mean u": "decoder_mean", "own u better": "decoder_own_better",
+               "of shuffled u": "u_shuffled_attributes_probe_recall@10",
+               "title probe of u": "u_title_probe_recall@10",
+               "title probe of shuffled u": "u_shuffled_title_probe_recall@10",
+               "fresh decoder, own u": "decoder_matched", "another's u": "decoder_shuffled",
+               "the mean u": "decoder_mean", "own u better": "decoder_own_better",
                "JS@50": "attributes_js@50"}
 
 
@@ -183,19 +188,24 @@ def cost_table(results: dict) -> str:
     return rows_of(table) if len(table) > 1 else ""
 
 
-def diagnosed(record: dict, entry: str) -> float | None:
-    """A value of karma_fast.diagnostics, None where there is none."""
-    found = record.get("diagnostics", {}).get("states", {}).get("trained", {}).get(entry, {})
+def diagnosed(record: dict, entry: str, state: str = "trained") -> float | None:
+    """A value of karma_fast.diagnostics, None where there is none. state: trained or untuned."""
+    found = record.get("diagnostics", {}).get("states", {}).get(state, {}).get(entry, {})
     return found.get("value") if isinstance(found, dict) else None
 
 
 def diagnostics_table(results: dict) -> str:
-    """Of the rows that were diagnosed, by their means over seeds; "" if none was."""
+    """Of the rows that were diagnosed, by their means over seeds; "" if none was.
+
+    Below a row, where it was measured, what the language model before tuning gives between the same projections.
+    """
     table = [["row", *DIAGNOSTICS]]
     for records in by_row(results).values():
-        cells = [[v for r in records if (v := diagnosed(r, entry)) is not None] for entry in DIAGNOSTICS.values()]
-        if any(cells):
-            table.append([name_of(records), *(spread(cell, 3) if cell else "-" for cell in cells)])
+        for state, what in (("trained", ""), ("untuned", ", language model before tuning")):
+            cells = [[v for r in records if (v := diagnosed(r, entry, state)) is not None]
+                     for entry in DIAGNOSTICS.values()]
+            if any(cells):
+                table.append([name_of(records) + what, *(spread(cell, 3) if cell else "-" for cell in cells)])
     return rows_of(table) if len(table) > 1 else ""
 
 

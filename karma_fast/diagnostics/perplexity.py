@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 128  # of a text
 MAX_TEXTS = 512
-ENOUGH = 64  # texts of items outside the training part that stand for all
+ENOUGH = 30  # texts of items outside the training part that stand for all
 
 
 def text_nats(model: KarmaModel | PlainModel, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

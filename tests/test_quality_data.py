@@ -1,6 +1,7 @@
 """The quality experiment's data: Amazon Beauty from its public files, simulated queries, synthetic vectors."""
 
 import csv
+import hashlib
 import json
 import random
 
@@ -166,3 +167,42 @@ def test_synthetic_vectors_tell_attributes_apart_and_are_fixed():
     same, other = (unit[0::3] @ unit[0::3].T), (unit[0::3] @ unit[1::3].T)
     assert same[~np.eye(10, dtype=bool)].mean() > other.mean() + 0.4
     assert same[~np.eye(10, dtype=bool)].max() < 0.999  # noise
+
+
+def publish(folder, monkeypatch) -> None:
+    """The small originals as what --download fetches."""
+    write_originals(folder)
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in beauty.ORIGINALS}
+    monkeypatch.setattr(beauty, "RAW", folder.parent.as_uri())
+    monkeypatch.setattr(beauty, "SOURCES", {name: (folder.name, found) for name, found in sums.items()})
+
+
+def test_missing_files_are_fetched_and_checked(tmp_path, monkeypatch, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    publish(there, monkeypatch)
+    here.mkdir()
+    (here / "datamaps.json").write_bytes((there / "datamaps.json").read_bytes())
+    beauty.download(here)
+    assert capsys.readouterr().out.count("fetching") == len(beauty.ORIGINALS) - 1
+    assert convert(here, tmp_path / "out", expected=EXPECTED) == EXPECTED
+    assert beauty.other_files(here) == []
+    (here / "datamaps.json").write_text((here / "datamaps.json").read_text() + " ")
+    assert beauty.other_files(here) == ["datamaps.json"]
+
+
+def test_what_is_not_the_file_is_not_kept(tmp_path, monkeypatch):
+    publish(tmp_path / "there", monkeypatch)
+    (tmp_path / "there" / "products_lookup.csv").write_text("moved")
+    with pytest.raises(DataError, match="products_lookup.csv: SHA-256 is .* is needed .5 bytes came"):
+        beauty.download(tmp_path / "here")
+    (tmp_path / "there" / "products_lookup.csv").unlink()
+    with pytest.raises(DataError, match="cannot be fetched.*by hand"):
+        beauty.download(tmp_path / "here")
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["datamaps.json", "sequential_data.txt"]
+
+
+def test_other_originals_are_told_of(tmp_path, monkeypatch, capsys):
+    write_originals(tmp_path / "source")
+    monkeypatch.setattr(beauty, "convert", lambda *args, **options: EXPECTED)
+    assert beauty.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    assert "note: sequential_data.txt, datamaps.json" in capsys.readouterr().err

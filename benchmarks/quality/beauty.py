@@ -1,6 +1,6 @@
 """Amazon Beauty 2014 (5-core) from its public files to our tables: ``python -m benchmarks.quality.beauty FOLDER``.
 
-FOLDER holds either the originals, under their own names:
+FOLDER holds either the originals, under their own names (``--download`` gets those that are missing):
 
 =========================  ============================================================================================
 sequential_data.txt        github.com/Wenyueh/LLM-RecSys-ID, data/beauty: a user and the items, oldest first, a line
@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import html
 import io
 import json
 import sys
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,20 @@ from .queries import simulate_queries
 TOP_LEVEL = ("Makeup", "Skin Care", "Hair Care", "Fragrance", "Bath & Body", "Tools & Accessories")
 NO_BRAND = ("", "unknown", "unbranded")
 RARE = 5  # S3-Rec numbers the attributes that occur so often, in the order of datamaps.json
-ORIGINALS = ("sequential_data.txt", "datamaps.json", "products_lookup.csv", "item_id_to_int.json",
-             "Beauty_item2attributes.json")
+LLM_RECSYS_ID = "Wenyueh/LLM-RecSys-ID/2200ad9fef647ef755c01d6d7e5c5de3082606c5/data/beauty"
+SEQUENTIAL = "dh-r/LLM-Sequential-Recommendation/6464b39064f369b251580c63edbf635de0934101/beauty"
+S3_REC = "RUCAIBox/CIKM2020-S3Rec/2a81540ae18615d88ef88227b0c066e5b74781e5/data"
+# file -> (owner/repository/commit/folder, SHA-256) of what the tables of docs/quality.md were made from
+SOURCES = {
+    "sequential_data.txt": (LLM_RECSYS_ID, "f85a84ab47d70e82bf0e7301804270af10fb51e127ab8f0885697d593f6f6d43"),
+    "datamaps.json": (LLM_RECSYS_ID, "715ab04838ff1ba21238475ed453a89e8c30aa6214b904d27a79e4168fc7b612"),
+    "products_lookup.csv": (SEQUENTIAL, "65133eca0615999df67fc5b26a93a7da762e53e613a083fd6b9e37174896d128"),
+    "item_id_to_int.json": (SEQUENTIAL, "3d1a1d362c7daeddf616057fae8fa24af9d70902fdaf4631852231a9953afa50"),
+    "Beauty_item2attributes.json": (S3_REC, "129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4"),
+}
+ORIGINALS = tuple(SOURCES)
+RAW = "https://raw.githubusercontent.com"
+TIMEOUT = 30  # seconds without an answer
 QUERY_COLUMN = "simulated_query"
 
 
@@ -79,6 +93,33 @@ def convert(source: Path, out: Path, *, queries: bool = False, seed: int = 0, ex
     write_csv(out / "interactions.csv", head, rows)
     (out / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")  # last: all is there
     return found
+
+
+def download(source: Path) -> None:
+    """Gets the originals that ``source`` lacks; DataError, with the file not kept, if its SHA-256 is another."""
+    source.mkdir(parents=True, exist_ok=True)
+    for name, (place, wanted) in SOURCES.items():
+        if (source / name).exists():
+            continue
+        url = f"{RAW}/{place}/{name}"
+        print(f"fetching {url}", flush=True)
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                content = answer.read()
+        except OSError as error:  # URLError is one
+            raise DataError(f"{url}: cannot be fetched ({error}); put the file into {source} by hand and leave out "
+                            "--download") from error
+        if (found := hashlib.sha256(content).hexdigest()) != wanted:
+            raise DataError(f"{url}: SHA-256 is {found}, {wanted} is needed ({len(content):,} bytes came); try again")
+        part = source / (name + ".part")
+        part.write_bytes(content)
+        part.replace(source / name)
+
+
+def other_files(source: Path) -> list[str]:
+    """Originals in ``source`` that are not those which docs/quality.md was made from."""
+    return [name for name, (_, wanted) in SOURCES.items()
+            if (source / name).is_file() and hashlib.sha256((source / name).read_bytes()).hexdigest() != wanted]
 
 
 def check(sequences: list[tuple[int, list[int]]], items: dict[int, Item], expected: Counts, source: Path) -> Counts:
@@ -162,8 +203,8 @@ def open_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); the folder needs {', '.join(ORIGINALS)}, or "
-                        f"{ORIGINALS[0]} and items.tsv; `python -m benchmarks.quality.beauty --help` says where they "
-                        "are from") from None
+                        f"{ORIGINALS[0]} and items.tsv; `python -m benchmarks.quality.beauty FOLDER --download` gets "
+                        "them") from None
 
 
 def write_csv(path: Path, head: tuple[str, ...], rows: Iterable[tuple]) -> None:
@@ -182,14 +223,20 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: the user's cache")
+    parser.add_argument("--download", action="store_true", help="fetch what FOLDER lacks (4.5 MB), checked by SHA-256")
     parser.add_argument("--queries", action="store_true", help=f"a column {QUERY_COLUMN}, made from category paths")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated queries")
     args = parser.parse_args(arguments)
     out = args.out or default_folder(args.queries)
     try:
+        if args.download:
+            download(args.source)
         found = convert(args.source, out, queries=args.queries, seed=args.seed)
     except DataError as error:
         parser.error(str(error))
+    if others := other_files(args.source):
+        print(f"note: {', '.join(others)}: not the version that docs/quality.md was made from, so results may differ",
+              file=sys.stderr)
     print(f"{found.users:,} users, {found.items:,} items, {found.events:,} events: {out}")
     return 0
 

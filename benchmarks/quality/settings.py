@@ -44,8 +44,8 @@ class DataSet:
         if not (folder / "about.json").exists():
             if source is None:
                 raise DataError(f"{folder}: Amazon Beauty has not been converted; give --source FOLDER with "
-                                f"{', '.join(ORIGINALS)}; `python -m benchmarks.quality.beauty --help` says where "
-                                "they are from")
+                                f"{', '.join(ORIGINALS)}; `python -m benchmarks.quality.beauty FOLDER --download` "
+                                "gets and converts them")
             convert(source, folder, queries=self.queries)
         return DataConfig(name=self.name, interactions=str(folder / "interactions.csv"),
                           items=str(folder / "items.csv"), time_column="order",

@@ -168,6 +168,11 @@ def test_the_picture_shows_what_was_diagnosed(results, tmp_path):
     rows = tables.by_row(results)
     assert diagnosed_rows(rows, "u_effective_rank") == {"C": (30.0, pytest.approx(0.12))}  # of the same seed
     assert diagnosed_rows(rows, "history_sink") == {}
+    assert plot(results, tmp_path / "a.svg") == "3 rows, 0 diagnostics"  # one point, or two, are no trend
+    known = results["records"][-1]["diagnostics"]
+    assert [r["row"] for r in results["records"] if "diagnostics" in r] == ["C"]
+    for r in results["records"]:
+        r["diagnostics"] = known
     assert plot(results, tmp_path / "a.svg") == "3 rows, 1 diagnostics"
     text = (tmp_path / "a.svg").read_text()
     plot(results, tmp_path / "a.svg")

@@ -13,6 +13,7 @@ KINDS = {"baseline": COLOURS[6], "query": COLOURS[6], "ids": COLOURS[6], "sasrec
          "ra_rec": COLOURS[4]}
 SHOWN = {"u_effective_rank": "effective rank of u", "history_sink": "history sink",
          "perplexity_ratio": "perplexity over the untuned model's"}
+FEWEST_POINTS = 3  # rows; two lie apart on any axes and look like a trend
 
 
 def plot(results: dict, path: Path) -> str:
@@ -23,7 +24,7 @@ def plot(results: dict, path: Path) -> str:
     from matplotlib import pyplot as plt
 
     rows = by_row(results)
-    points = {entry: found for entry in SHOWN if (found := diagnosed_rows(rows, entry))}
+    points = {entry: found for entry in SHOWN if len(found := diagnosed_rows(rows, entry)) >= FEWEST_POINTS}
     with plt.rc_context({"font.size": 11, "svg.hashsalt": "benchmarks"}):
         figure, axes = plt.subplots(1, 1 + len(points), figsize=(7 + 4 * len(points), 0.7 + 0.34 * (len(rows) + 3)),
                                     layout="constrained", squeeze=False,

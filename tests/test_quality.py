@@ -14,12 +14,13 @@ from benchmarks.quality import __main__ as main
 from benchmarks.quality import controls, settings
 from benchmarks.quality import train as training
 from benchmarks.quality.protocol import HISTORY_ONLY, gains, make_requests
-from benchmarks.quality.results import compare
+from benchmarks.quality.results import COMPARED, compare, merge, usable_ranks
 from benchmarks.quality.rivals import make_id_row, train_sasrec_row
 from benchmarks.quality.rows import ROWS, chosen, why_not
 from benchmarks.quality.settings import DATA, DataSet, base_config
 from benchmarks.quality.train import Deadline, build, config_of
 from karma_fast import KarmaTrainer, KarmaTrainingArguments
+from karma_fast.baselines import SASRecConfig
 from karma_fast.config import ConfigError, DataConfig, RunConfig
 from karma_fast.data import training_windows
 from karma_fast.data.batches import log_sampling_probability
@@ -80,11 +81,12 @@ def test_rows_differ_from_their_parent_in_what_they_say(tiny, tmp_path):
     no_shortcut = {"history_shortcut": False, "query_shortcut": False}
     assert differ == {"B": {"gen_weight": 1.0}, "C": {"rec_weight": 1.0}, "D": {"gen_weight": 1.0, "rec_weight": 1.0},
                       "E": {"vis_weight": 1.0}, "G": {}, "H": {},
-                      "frozen": {"tuning": "frozen"}, "no-llm": {"tuning": "frozen"},
+                      "frozen": {"tuning": "frozen"}, "no-llm": {"tuning": "frozen"}, "random": {},
                       "A-plain": no_shortcut, "D-plain": no_shortcut}
     assert configs["A"] | {"gen_weight": 1.0, "rec_weight": 1.0, "vis_weight": 1.0} == tiny.model.to_dict()
     assert {row.name: row.control for row in KARMA if row.control} == {
-        "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts", "no-llm": "NoLanguageModel"}
+        "E": "ImageTargets", "G": "StopGradient", "H": "ShuffledTexts", "no-llm": "NoLanguageModel",
+        "random": "RandomWeights"}
     assert len({json.dumps(config_of(row, tiny, 3, tmp_path).training) for row in KARMA}) == 1
     assert "synthetic" in ROWS["E"].label and "synthetic" in ROWS["E"].differs
 
@@ -108,6 +110,20 @@ def test_all_rows_start_from_the_same_weights_and_take_the_same_pairs(name, tiny
         loader = KarmaTrainer(model, args, tiny_data).get_train_dataloader()
         orders.append([batch.keys.tolist() for batch, _ in zip(loader, range(4), strict=False)])
     assert orders[0] == orders[1] and len(set(map(str, orders[0]))) == 4
+
+
+def test_random_weights_change_the_language_model_and_nothing_else(tiny, tiny_data, tmp_path):
+    first, other, third = (made(name, tiny, tiny_data, tmp_path) for name in ("A", "random", "random"))
+    ours, theirs, again = (model.state_dict() for model in (first, other, third))
+    assert set(ours) == set(theirs) and all(torch.equal(value, again[key]) for key, value in theirs.items())
+    # what follows the size of the language model's word vectors is scaled and not drawn anew
+    assert torch.nn.functional.cosine_similarity(first.emb_token, other.emb_token, dim=0) > 1 - 1e-6
+    same = {key for key, value in ours.items() if torch.equal(value, theirs[key])}
+    assert {key for key in ours if "lora" in key or key.startswith(("item_proj", "shortcut", "interest"))} <= same
+    drawn = {key for key, value in ours.items() if key.startswith("backbone") and "lora" not in key and value.ndim > 1}
+    assert drawn and not drawn & same
+    assert first.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert len(list((tmp_path / "quality").iterdir())) == 1
 
 
 def test_names_of_rows(tiny):
@@ -339,10 +355,10 @@ def test_time_that_is_over_ends_sasrec_after_an_epoch(tiny_data, monkeypatch, tm
         asked.append((folder, config.dim, go_on(1)))
         return SimpleNamespace(facts={"done": False})
 
-    monkeypatch.setattr("karma_fast.baselines.train_sasrec", train)
+    monkeypatch.setattr("benchmarks.quality.rivals.train_sasrec", train)
     # None is what the program calls to be gone on with
-    assert train_sasrec_row(tiny_data, {"dim": 8}, 0, tmp_path, end=0.0) is None
-    assert train_sasrec_row(tiny_data, {}, 0, tmp_path, end=float("inf")) is None
+    assert train_sasrec_row(tiny_data, SASRecConfig(dim=8), 0, tmp_path, end=0.0) is None
+    assert train_sasrec_row(tiny_data, SASRecConfig(), 0, tmp_path, end=float("inf")) is None
     assert asked == [(tmp_path, 8, False), (tmp_path, SASRecConfig().dim, True)]
 
 
@@ -551,6 +567,50 @@ def test_comparison_pairs_requests_and_seeds(tmp_path):
     np.savez(files["C", 0], positions=np.arange(1, 51), masked=np.zeros(50))
     with pytest.raises(ConfigError, match="different requests"):
         compare(records, files, ["masked"], parts)
+
+
+def test_ranks_count_only_where_they_give_what_the_record_says(tmp_path):
+    ranks = np.arange(50.0)
+    metrics = {"masked": {"all": {metric: float(gains(ranks, metric).mean()) for metric in COMPARED}}}
+    records = [{"row": row, "seed": 0, "metrics": metrics} for row in "ABC"]
+    for row, found in {"A": ranks, "B": np.where(ranks == 49, 45, ranks)}.items():
+        np.savez(tmp_path / f"{row}-0.npz", positions=np.arange(50), masked=found)
+    assert usable_ranks(records, lambda row, seed: tmp_path / f"{row}-{seed}.npz") == {("A", 0): tmp_path / "A-0.npz"}
+
+
+def test_a_comparison_over_more_seeds_stays():
+    known = {"C": {"A, masked": {"seeds": 3, "HR@10": 1}, "mix, masked": {"seeds": 1, "HR@10": 1}}}
+    merge(known, {"C": {"A, masked": {"seeds": 1, "HR@10": 2}, "mix, masked": {"seeds": 1, "HR@10": 2}},
+                  "B": {"A, masked": {"seeds": 1, "HR@10": 2}}})
+    assert known == {"C": {"A, masked": {"seeds": 3, "HR@10": 1}, "mix, masked": {"seeds": 1, "HR@10": 2}},
+                     "B": {"A, masked": {"seeds": 1, "HR@10": 2}}}
+
+
+def test_a_retrained_row_is_compared_only_if_it_came_out_the_same(tiny, command, tmp_path):
+    settings = ("--set", "training.max_steps=1")
+    command("--rows", "A", *settings)
+    command("--rows", "A", *settings, out="scratch.json", runs="other")  # as on a machine without the ranks
+    assert "A, masked" in command("--rows", "C", *settings, runs="other")[1]["comparisons"]["C"]
+    path = next((tmp_path / "other").rglob("A-0*/ranks-test.npz"))
+    with np.load(path) as found:
+        changed = dict(found)
+    changed["masked"][0] += 1
+    np.savez(path, **changed)
+    assert "A, masked" not in command("--rows", "B", *settings, runs="other")[1]["comparisons"]["B"]
+
+
+def test_settings_of_sasrec_are_tried_on_validation_alone(tiny, command, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(main, "train_sasrec_row", lambda data, config, *rest: seen.append(config))
+    tried = ("--set", "sasrec.dim=32", "--set", "sasrec.dropout=0.2")
+    assert command("--rows", "sasrec", "--on", "valid", *tried)[0] == 3  # nothing came of it
+    assert seen == [SASRecConfig(dim=32, dropout=0.2)]
+    for words, said in ((("--rows", "sasrec", *tried), "--on valid"), (("--rows", "A", *tried), "row sasrec is not"),
+                        (("--rows", "sasrec", "--on", "valid", "--set", "sasrec.width=3"), "sasrec.width")):
+        with pytest.raises(SystemExit):
+            command(*words, out="other.json")
+        assert said in capsys.readouterr().err
+    assert len(seen) == 1
 
 
 def test_lists_of_numbers_take_one_line_of_a_results_file():

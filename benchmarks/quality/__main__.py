@@ -29,10 +29,10 @@ from karma_fast.data import DataError, Dataset, load_dataset
 from .. import RESULTS
 from ..machine import describe, file_name
 from .protocol import Requests, make_requests, variants
-from .results import Results, compare, save_ranks
+from .results import Results, compare, merge, save_ranks, usable_ranks
 from .rivals import make_baseline, make_id_row, make_query_row, train_sasrec_row
 from .rows import RECIPES, ROWS, Row, chosen, why_not
-from .settings import DATA, DataSet, base_config, facts_of
+from .settings import DATA, DataSet, base_config, facts_of, sasrec_config
 from .train import Ready, refuse_fixed, train_karma
 
 RUNS = Path("runs") / "quality"
@@ -78,7 +78,7 @@ def prepare(table: Table, row: Row, seed: int) -> Ready | None:
     if row.kind == "ids":
         return make_id_row(table.base_of(row.recipe).model, data)
     if row.kind == "sasrec":
-        return train_sasrec_row(data, table.spec.sasrec, seed, folder, table.end)
+        return train_sasrec_row(data, sasrec_config(table.spec, table.changes), seed, folder, table.end)
     return train_karma(row, table.base_of(row.recipe), data, seed, folder, table.end)
 
 
@@ -138,7 +138,6 @@ def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dic
               "ranking_seconds": time.perf_counter() - start, "metrics": metrics}
     table.results.put(record, table.command)
     records = table.results.values["records"]
-    files = {(r["row"], r["seed"]): table.ranks_file(table.folder(ROWS[r["row"]], r["seed"])) for r in records}
     if not table.recorded:
         known = table.results.values["comparisons"]
         if table.again:  # what was compared with the reading before
@@ -146,8 +145,8 @@ def rank(table: Table, row: Row, seed: int, ready: Ready, seconds: float) -> dic
             for entries in known.values():
                 for name in [name for name in entries if name.split(", ")[0] == row.name]:
                     del entries[name]
-        for name, found in compare(records, files, list(metrics), table.requests.parts).items():
-            known[name] = known.get(name, {}) | found  # what was compared where other ranks lie stays
+        files = usable_ranks(records, lambda row, seed: table.ranks_file(table.folder(ROWS[row], seed)))
+        merge(known, compare(records, files, list(metrics), table.requests.parts))
     table.results.save()
     return table.results.find(row.name, seed, table.recorded)
 
@@ -158,8 +157,15 @@ def run_table(table: Table, rows: list[Row], seeds: list[int], resume: bool) -> 
         refuse_fixed(row, table.changes)
     # what a change may not be is said before anything is trained
     bases = [table.base_of(name) for name in dict.fromkeys(row.recipe for row in rows) if name]
+    sasrec_config(table.spec, table.changes)
     for name in table.changes:
         section, _, key = name.partition(".")
+        if section == "sasrec" and all(row.kind != "sasrec" for row in rows):
+            raise ConfigError(f"--set {name}: row sasrec is not among {', '.join(row.name for row in rows)}; leave it "
+                              "out, or take --rows sasrec")
+        if section == "sasrec" and table.results.values["on"] == "test":
+            raise ConfigError(f"--set {name}: try it with --on valid; on the test SASRec has the settings of "
+                              "benchmarks/quality/settings.py, which hold for all seeds of a table")
         if section == "model" and not any(hasattr(base.model, key) for base in bases):
             raise ConfigError(f"--set {name}: none of the rows {', '.join(row.name for row in rows)} has this "
                               "setting; leave it out, or take other rows")
@@ -203,8 +209,8 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
                         help="reduced: a small model and few steps, for two CPU cores; full: one GPU")
     parser.add_argument("--on", choices=("test", "valid"), default="test")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                        help="model.NAME or training.NAME, for all rows with a language model that have it; with --on "
-                             "valid to try it")
+                        help="model.NAME or training.NAME, for all rows with a language model that have it, or "
+                             "sasrec.NAME; with --on valid to try it")
     parser.add_argument("--backbone", help="a hub id, a folder or smollm2-135m-instruct")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="save and stop after so many; what is being ranked is ranked first")

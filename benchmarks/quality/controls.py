@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from karma_fast.config import KarmaConfig
+from karma_fast.data.assets import cache_dir, put_in_place
 from karma_fast.data.batches import DecodeChunk, KarmaBatch, KarmaCollator, PromptChunk
+from karma_fast.model.backbone import resolve_backbone
 from karma_fast.model.features import ItemFeatures
 from karma_fast.model.karma import KarmaModel
 
@@ -43,6 +49,37 @@ class NoLanguageModel(KarmaModel):
     def read(self, chunk: PromptChunk, gen: bool = True) -> tuple[Tensor, Tensor]:
         states = torch.zeros(len(chunk.pairs), self.interest_projection.in_features, device=self.device)
         return self.interest(states, chunk), states.new_zeros(())
+
+
+class RandomWeights(KarmaModel):
+    """A language model of the same shape whose weights are drawn anew: what it read before, taken away."""
+
+    @classmethod
+    def build(cls, config: KarmaConfig, *args, cache: Path | None = None, **options) -> KarmaModel:
+        folder = random_backbone(config.backbone, cache or cache_dir())
+        return super().build(dataclasses.replace(config, backbone=str(folder)), *args, cache=cache, **options)
+
+
+def random_backbone(name: str, cache: Path) -> Path:
+    """The folder of a model of ``name``'s shape with weights as before any training, and its tokenizer.
+
+    Drawn once and kept in ``cache``: 4-bit weights come from files, and rows with other seeds read the same ones.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_backbone(name)
+    shape = AutoConfig.from_pretrained(source)
+    key = hashlib.sha256(shape.to_json_string().encode()).hexdigest()[:8]
+    folder = cache / "quality" / f"{Path(name).name.lower()}-random-{key}"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(1)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
+            part = Path(temporary) / "files"
+            AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(part)
+            AutoTokenizer.from_pretrained(source).save_pretrained(part)
+            put_in_place(part, folder, lambda done: (done / "config.json").exists())
+    return folder
 
 
 class ShuffledTexts(KarmaModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,31 @@ def save_ranks(path: Path, requests: Requests, ranks: dict[str, Ranks]) -> None:
     part.replace(path)
 
 
+def usable_ranks(records: list[dict[str, Any]], path_of: Callable[[str, int], Path]
+                 ) -> dict[tuple[str, int], Path]:
+    """(row, seed) -> the file of its ranks, where there is one that gives what its record says.
+
+    So a row can be compared with one recorded elsewhere, once that was trained again and came out the same.
+    """
+    return {(r["row"], r["seed"]): path for r in records
+            if (path := path_of(r["row"], r["seed"])).exists() and gives(path, r["metrics"])}
+
+
+def gives(path: Path, metrics: dict[str, dict[str, dict[str, float]]]) -> bool:
+    """Whether ranks that `save_ranks` wrote have these metrics; a rank of one request that differs is seen."""
+    with np.load(path) as ranks:
+        return all(variant in ranks and abs(gains(ranks[variant], metric).mean() - parts["all"][metric]) < 1e-9
+                   for variant, parts in metrics.items() for metric in COMPARED)
+
+
+def merge(known: dict[str, dict], found: dict[str, dict]) -> None:
+    """Puts comparisons ``found`` among the ``known``; one over more seeds, made where other ranks lie, stays."""
+    for row, entries in found.items():
+        kept = known.setdefault(row, {})
+        kept.update({name: entry for name, entry in entries.items()
+                     if entry["seeds"] >= kept.get(name, entry)["seeds"]})
+
+
 def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path], variants: list[str],
             parts: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> "row2, variant" -> metric -> difference to row2, with its standard error over requests.
@@ -91,7 +117,7 @@ def compare(records: list[dict[str, Any]], ranks_at: dict[tuple[str, int], Path]
     """
     seeds: dict[str, list[int]] = {}
     for record in records:
-        if ranks_at[record["row"], record["seed"]].exists():
+        if (record["row"], record["seed"]) in ranks_at:
             seeds.setdefault(record["row"], []).append(record["seed"])
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for row in seeds:

@@ -7,14 +7,21 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from karma_fast.baselines import mix_scorer, query_knn_scorer, query_scorer, tune_mix, tune_query
+from karma_fast.baselines import (
+    SASRecConfig,
+    mix_scorer,
+    query_knn_scorer,
+    query_scorer,
+    train_sasrec,
+    tune_mix,
+    tune_query,
+)
 from karma_fast.baselines.rows import rank_requests, request_scorer
 from karma_fast.baselines.scorers import RequestScorer
 from karma_fast.data import Dataset, cache_dir
@@ -92,14 +99,11 @@ def make_id_row(config: RaRecConfig, data: Dataset) -> Ready:
     return Ready(score, {"id_model": config.id_model})
 
 
-def train_sasrec_row(data: Dataset, settings: dict[str, Any], seed: int, folder: Path, end: float) -> Ready | None:
-    """SASRec with the data set's ``settings``; it keeps a checkpoint in ``folder`` and goes on from it.
+def train_sasrec_row(data: Dataset, config: SASRecConfig, seed: int, folder: Path, end: float) -> Ready | None:
+    """SASRec; it keeps a checkpoint in ``folder`` and goes on from it.
 
     end: of `time.monotonic`; the first epoch after it ends the sitting, and None is given.
     """
-    from karma_fast.baselines import SASRecConfig, train_sasrec
-
-    config = SASRecConfig(**settings)
     folder.mkdir(parents=True, exist_ok=True)
     model = train_sasrec(data, config, seed=seed, folder=folder, go_on=lambda epoch: time.monotonic() < end)
     if not model.facts["done"]:

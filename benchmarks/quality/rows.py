@@ -28,7 +28,7 @@ class Row:
     differs: str = ""
     parent: str = ""
     model: dict[str, Any] = field(default_factory=dict)
-    control: Literal["", "StopGradient", "ShuffledTexts", "ImageTargets", "NoLanguageModel"] = ""
+    control: Literal["", "StopGradient", "ShuffledTexts", "ImageTargets", "NoLanguageModel", "RandomWeights"] = ""
     queries: bool = False
 
     @property
@@ -69,6 +69,8 @@ ROWS: dict[str, Row] = {row.name: row for row in [
         ACT_ALONE | {"gen_weight": 1.0, "rec_weight": 1.0} | NO_SHORTCUT),
     Row("no-llm", "karma", "L_act, no language model", "control: u from the shortcuts alone", "A",
         ACT_ALONE | {"tuning": "frozen"}, "NoLanguageModel"),
+    Row("random", "karma", "L_act, LLM of random weights", "control: a language model that never read a text", "A",
+        ACT_ALONE, "RandomWeights"),
     Row("frozen", "karma", "L_act, LLM frozen", "trains the projections alone", "A", ACT_ALONE | {"tuning": "frozen"}),
     Row("ra-rec-ids", "ids", "RA-Rec's ID vectors alone", "ranks by what RA-Rec injects, without a language model"),
     Row("ra-rec", "ra_rec", "RA-Rec", "reads titles and injected ID vectors, language model frozen; steps of its own",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from karma_fast.baselines import SASRecConfig
 from karma_fast.config import DataConfig, RunConfig
 from karma_fast.data import DataError
 from karma_fast.recipes import recipe
@@ -90,7 +91,7 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
     """Model and training that every row of a recipe starts from.
 
     changes: settings such as {"model.decode_weight": "0.03", "training.max_steps": "20"}; ConfigError for one that
-    no recipe has. A model setting that this recipe lacks is left out.
+    no recipe has. A model setting that this recipe lacks is left out, and so are those of SASRec.
     """
     values = copy.deepcopy(REDUCED if size == "reduced" else FULL)
     if size == "reduced":
@@ -103,12 +104,20 @@ def base_config(data: DataSet, size: Size, data_config: DataConfig, changes: dic
     known = {name: {f.name for f in dataclasses.fields(recipe(name).Config)} for name in RECIPES}
     for name, value in (changes or {}).items():
         section, _, key = name.partition(".")
-        if section not in values or not key:
-            raise ValueError(f"--set {name}: model.NAME=VALUE or training.NAME=VALUE is needed")
+        if section not in (*values, "sasrec") or not key:
+            raise ValueError(f"--set {name}: model.NAME=VALUE, training.NAME=VALUE or sasrec.NAME=VALUE is needed")
+        if section == "sasrec":
+            continue  # `sasrec_config` takes it
         if section == "training" or key in known[kind] or not any(key in names for names in known.values()):
             values[section][key] = value
     model = recipe(kind).Config.from_dict(values["model"])
     return RunConfig(data_config, model, training_settings(values["training"]))
+
+
+def sasrec_config(data: DataSet, changes: dict[str, str] | None = None) -> SASRecConfig:
+    """SASRec's settings on a data set, with those of ``changes`` that are its own, such as {"sasrec.dim": "128"}."""
+    own = {name.partition(".")[2]: value for name, value in (changes or {}).items() if name.startswith("sasrec.")}
+    return SASRecConfig.from_dict(data.sasrec | own)
 
 
 def facts_of(config: RunConfig) -> dict[str, Any]:

@@ -503,6 +503,7 @@ def test_diagnostics_join_a_record_without_another_reading(tiny, command, monkey
     assert after.pop("diagnostics")["states"]["trained"]["u_effective_rank"]["value"] == 3.0
     assert after.pop("attention") == {"labels": ["a"], "trained": {"layer 1": [[0.123]]}}
     assert [found["records"][0], after] == before
+    assert [command.endswith(" --diagnose") for command in found["commands"]] == [False, True]
     command("--rows", "popularity,A", "--diagnose")
     assert len(asked) == 1
 

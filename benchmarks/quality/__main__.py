@@ -103,6 +103,7 @@ def run_row(table: Table, row: Row, seed: int) -> str:
         known["diagnostics"] = {name: found[name] for name in ("states", "requests", "attention_requests", "split",
                                                                "seed", "compared", "decoder", "texts", "seconds")}
         known["attention"] = rounded(found["maps"])
+        table.results.made_by(table.command)
         table.results.save()
     metrics = known["metrics"]["masked"]["all"]
     return f"HR@10 {metrics['HR@10']:.4f}, HR@200 {metrics['HR@200']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"

@@ -58,6 +58,10 @@ class Results:
             self.values["records"].remove(before)
         self.values["records"].append(record | {"readings": (before or {}).get("readings", 0) + 1, "date": now(),
                                                 "command": command})
+        self.made_by(command)
+
+    def made_by(self, command: str) -> None:
+        """Notes that the command added something, now."""
         self.values["date"] = now()
         if command not in self.values["commands"]:
             self.values["commands"].append(command)

@@ -28,7 +28,7 @@ from .settings import DATA, Size
 BLOCK = re.compile(r"(<!-- quality:(?P<name>\S+) -->).*?(<!-- /quality -->)", re.DOTALL)
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "MRR")
 SUMMARISED = ("beauty", "ml-100k")
-MAIN_ROWS = ("popularity", "mix", "sasrec", "no-llm", "frozen", "A", "C", "D", "H", "ra-rec-ids", "ra-rec")
+MAIN_ROWS = ("popularity", "mix", "sasrec", "no-llm", "frozen", "random", "A", "C", "D", "H", "ra-rec-ids", "ra-rec")
 SMALLEST_PART = 50  # requests; of fewer a share says nothing
 # column -> entry of karma_fast.diagnostics
 DIAGNOSTICS = {"heads with a sink at the first token": "sink_first", "first token receives": "first_received",
